@@ -1,0 +1,38 @@
+# `make quickstart` and `make test` need Python >= 3.11, git and make; they install into .venv first, at the versions of constraints/ci.txt.
+# Another index, e.g. CPU builds of torch on Linux: make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: quickstart test lint bench clean
+
+quickstart: .venv/run.stamp
+	$(BIN)/llmrl train recipes/quickstart.toml
+
+test: .venv/dev.stamp
+	$(BIN)/pytest -q
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: .venv/dev.stamp
+	$(BIN)/python scripts/bench.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv and ensurepip found; name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/run.stamp: pyproject.toml constraints/ci.txt | $(BIN)/python
+	@echo "installing llmrl into .venv: a minute or a few, mostly torch"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/ci.txt -e .
+	touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints/ci.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,356 @@
+"""Loads a recipe: TOML file + dotted overrides -> a checked, frozen `Recipe`, with the origin of every value.
+
+A file path that starts with `./` or `../` is relative to the recipe's folder (in an override: to the working directory);
+`run.dir` is relative to the working directory. Every problem found is listed in one InputError: file, line, dotted key, mend.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from llmrl import plugins
+from llmrl.recipe import (
+    Batch,
+    Checkpoint,
+    Checks,
+    Data,
+    EnginePlugin,
+    Eval,
+    Model,
+    Optim,
+    Plugin,
+    Recipe,
+    Rollout,
+    RulePlugin,
+    Run,
+    Scoring,
+    Tiny,
+    WarmStart,
+)
+from llmrl.records import InputError
+
+__all__ = [
+    "HOMES",
+    "Batch",
+    "Checkpoint",
+    "Checks",
+    "Data",
+    "EnginePlugin",
+    "Eval",
+    "LoadedRecipe",
+    "Model",
+    "Optim",
+    "Plugin",
+    "Recipe",
+    "Rollout",
+    "RulePlugin",
+    "Run",
+    "Scoring",
+    "Tiny",
+    "WarmStart",
+    "check_plugins",
+    "load_recipe",
+    "resolved",
+    "show",
+]
+
+Origin = Literal["default", "file", "override"]
+
+HOMES = {"engine": "llmrl.*_engine", "rule": "llmrl.rules", "verifier": "llmrl.rewards"}
+"""Where the bare names of the plug-in sections are looked up."""
+_PATHS = ("model.path", "model.chat_template", "data.path", "eval.data.path", "warm_start.data.path")
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    recipe: Recipe
+    origins: dict[str, Origin]
+    """Dotted key of every resolved value -> where it is from. Defaults of plug-in factories are not in it: see `resolved`."""
+    path: Path
+    base: Path
+    """The recipe's folder: what `./` means in it."""
+    lines: dict[str, int]
+    """Dotted key -> line in the file."""
+
+    def where(self, key: str) -> str:
+        """The start of an error message about `key`, e.g. "recipes/a.toml, line 7: rule"."""
+        return _where(self.path, self.lines, {k for k, o in self.origins.items() if o == "override"}, key)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
+    """Read, override, check. Raises one InputError with a line for every problem. Plug-ins are not imported: see `check_plugins`."""
+    path = Path(path)
+    text = _read(path)
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise InputError(f"{path}: not valid TOML: {exc}") from exc
+    base, lines = path.resolve().parent, _lines(text)
+    _anchor(tree, base, _PATHS)
+    origins: dict[str, Origin] = {key: "file" for key, _ in _leaves(tree)}
+    overridden: set[str] = set()
+    problems: list[str] = []
+    for override in overrides:
+        try:
+            key, value = _override(tree, override)
+        except InputError as exc:
+            problems.append(str(exc))
+            continue
+        overridden.add(key)
+        origins = {k: o for k, o in origins.items() if not _within(k, {key})}
+        origins |= {k: "override" for k, _ in _leaves({key: value})}
+    if isinstance(run := tree.setdefault("run", {}), dict):
+        run.setdefault("dir", f"runs/{path.stem}")
+    found = list(_missing_files(tree))
+    try:
+        # JSON strictness is TOML's: an array may become a tuple and 1 a float, but "8" is no int
+        recipe = Recipe.model_validate_json(json.dumps(tree, default=str), strict=True)
+        found += _cross_checks(recipe)
+    except ValidationError as exc:
+        recipe = None
+        found += [_explain(dict(e), overridden) for e in exc.errors()]
+    problems += [f"{_where(path, lines, overridden, key)}: {message}" for key, message in found]
+    if recipe is None or problems:
+        raise InputError("\n".join(problems))
+    return LoadedRecipe(recipe, {k: origins.get(k, "default") for k, _ in _leaves(recipe.model_dump())}, path, base, lines)
+
+
+def check_plugins(loaded: LoadedRecipe) -> None:
+    """Resolve the three plug-ins and check their keys; nothing is built. Raises one InputError with a line for every problem.
+
+    A rule whose factory has the attribute `min_group` says how many samples a prompt it needs; without it, 2.
+    """
+    problems = []
+    for section, home in HOMES.items():
+        plugin = getattr(loaded.recipe, section)
+        try:
+            factory = plugins.resolve(plugin.use, home=home, base=loaded.base)
+        except InputError as exc:
+            problems.append(f"{loaded.where(f'{section}.use')}: {exc}")
+            continue
+        _, found = plugins.check(factory, plugin.kwargs, name=plugin.use)
+        problems += [f"{loaded.where(f'{section}.{key}')}: {message}" for key, message in found]
+        least = getattr(factory, "min_group", 2) if section == "rule" else 1
+        if loaded.recipe.rollout.group < least:
+            message = f"{plugin.use} compares the samples of a prompt: group must be {least} or more, not {loaded.recipe.rollout.group}"
+            problems.append(f"{loaded.where('rollout.group')}: {message}")
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        close = plugins.nearest(path.name, there)
+        raise InputError(f"{path}: no such recipe" + (f'; nearest: "{path.with_name(close)}"' if close else ""))
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as exc:
+        raise InputError(f"{path}: not UTF-8 text, as TOML must be: {exc}") from exc
+
+
+def _override(tree: dict[str, Any], override: str) -> tuple[str, Any]:
+    """Put `a.b=value` into the tree; returns key and value. A value that is no TOML is a string: quotes rarely survive a shell."""
+    key, equals, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    if not equals or not all([*sections, name]):
+        raise InputError(f"override {override!r}: expected KEY=VALUE, e.g. optim.lr=1e-5")
+    at, own = tree, {}
+    part = own
+    for depth, section in enumerate(sections):
+        at, part = at.setdefault(section, {}), part.setdefault(section, {})
+        if not isinstance(at, dict):
+            raise InputError(f"override {override!r}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+    try:
+        parsed = tomllib.loads(f"it = {text}")
+        part[name] = parsed["it"] if len(parsed) == 1 else text
+    except tomllib.TOMLDecodeError:
+        part[name] = text
+    _anchor(own, Path.cwd(), (*_PATHS, *(f"{section}.use" for section in HOMES)))
+    at[name] = part[name]
+    return ".".join([*sections, name]), part[name]
+
+
+def _parent(tree: Any, dotted: str) -> tuple[dict[str, Any], str]:
+    """The table that holds the key, empty where there is none, and the key's last part."""
+    *sections, name = dotted.split(".")
+    for section in sections:
+        tree = tree.get(section) if isinstance(tree, dict) else None
+    return (tree if isinstance(tree, dict) else {}), name
+
+
+def _split_ref(value: str) -> tuple[str, str]:
+    """ "./gen.py:make" -> ("./gen.py", ":make"); a plain path -> (path, "")."""
+    found = re.fullmatch(r"(.+\.py)(:[\w.]+)", value)
+    return (found[1], found[2]) if found else (value, "")
+
+
+def _anchor(tree: dict[str, Any], base: Path, keys: Iterable[str]) -> None:
+    """Make the file paths among these keys absolute, in place. Other strings are names: a Hub id, "tiny", a plug-in."""
+    for key in keys:
+        table, name = _parent(tree, key)
+        value = table.get(name)
+        prefix = "trl:" if isinstance(value, str) and value.startswith("trl:") else ""
+        if isinstance(value, str) and (value.startswith((f"{prefix}./", f"{prefix}../", f"{prefix}~")) or name == "chat_template"):
+            file, obj = _split_ref(value.removeprefix(prefix))
+            table[name] = f"{prefix}{(base / Path(file).expanduser()).resolve()}{obj}"
+
+
+def _missing_files(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key in _PATHS:
+        table, name = _parent(tree, key)
+        value = table.get(name)
+        if not isinstance(value, str) or not value.startswith("/") or "*" in value:
+            continue
+        file = Path(_split_ref(value)[0])
+        if not file.exists():
+            close = plugins.nearest(file.name, sorted(p.name for p in file.parent.iterdir())) if file.parent.is_dir() else None
+            yield key, f"no file {file}" + (f'; nearest: "{close}"' if close else "")
+
+
+def _cross_checks(recipe: Recipe) -> list[tuple[str, str]]:
+    found = []
+    data, tiny = recipe.data, recipe.model.tiny
+    if recipe.eval.data is None and data.holdout == 0:
+        found.append(("data.holdout", "no rows to evaluate on; set data.holdout to a number of rows, or give [eval.data]"))
+    if data.limit is not None and data.holdout >= data.limit:
+        found.append(("data.holdout", f"{data.holdout} of {data.limit} rows leave none to train on; lower it or raise data.limit"))
+    if recipe.batch.minibatches > recipe.rollout.prompts:
+        message = f"{recipe.batch.minibatches} minibatches of {recipe.rollout.prompts} prompts; it can be rollout.prompts at most"
+        found.append(("batch.minibatches", message))
+    for key, optim, steps in [("", recipe.optim, recipe.steps)] + ([("warm_start.", w.optim, w.steps)] if (w := recipe.warm_start) else []):
+        if optim.warmup_steps > steps:
+            found.append((f"{key}optim.warmup_steps", f"{optim.warmup_steps} warm-up steps but {key}steps is {steps}; lower it"))
+    if tiny is not None and recipe.model.path != "tiny":
+        found.append(("model.tiny", f'goes with model.path = "tiny" only, and model.path is "{recipe.model.path}"; remove one'))
+    elif tiny is not None and (tiny.hidden % tiny.heads or (tiny.hidden // tiny.heads) % 2):
+        found.append(("model.tiny.hidden", f"hidden {tiny.hidden} must be an even multiple of heads {tiny.heads}"))
+    elif tiny is not None and tiny.heads % (tiny.kv_heads or 1):
+        found.append(("model.tiny.kv_heads", f"heads {tiny.heads} must be a multiple of kv_heads {tiny.kv_heads}"))
+    return found
+
+
+# ---------------------------------------------------------------- messages
+
+
+def _where(path: Path, lines: Mapping[str, int], overridden: Iterable[str], key: str) -> str:
+    if _within(key, overridden):
+        return f"override {key}"
+    parts = key.split(".")
+    near = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    line = next((lines[k] for k in near if k in lines), None)
+    return f"{path}: {key}" if line is None else f"{path}, line {line}: {key}"
+
+
+def _explain(error: dict[str, Any], overridden: set[str]) -> tuple[str, str]:
+    """(dotted key, message) of one pydantic error."""
+    loc = [part for part in error["loc"] if part != "[key]"]
+    key, kind = ".".join(map(str, loc)), error["type"]
+    siblings = _fields(_model_at(loc[:-1]))
+    if kind == "extra_forbidden":
+        close = plugins.nearest(str(loc[-1]), siblings)
+        return key, "unknown key" + (f'; nearest: "{close}"' if close else "") + f"; valid keys: {', '.join(siblings)}"
+    if kind == "missing":
+        inside = _model_at(loc)
+        needs = [n for n, f in inside.model_fields.items() if f.is_required()] if inside else []
+        mend = f"add a section [{key}] with {', '.join(needs)}" if needs else f"add {loc[-1]} = ..."
+        field = siblings.get(str(loc[-1]))
+        return key, f"missing; {mend}" + (f" ({field.description})" if field and field.description and not needs else "")
+    if kind in ("model_type", "model_attributes_type") or (kind == "dict_type" and _model_at(loc)):
+        return key, f"got {error['input']!r}, expected a section [{key}]"
+    got = error["input"]
+    message = f"got {got!r} ({type(got).__name__}): {error['msg'].removeprefix('Value error, ')}"
+    if kind == "string_type" and _within(key, overridden):
+        message += f"; to give a string write {key}='\"{got}\"'"
+    return key, message
+
+
+def _model_at(loc: Iterable[Any]) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = Recipe
+    for part in loc:
+        field = model.model_fields.get(str(part)) if model else None
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        model = next((k for k in kinds if inspect.isclass(k) and issubclass(k, BaseModel)), None)
+    return model
+
+
+def _fields(model: type[BaseModel] | None) -> dict[str, Any]:
+    return dict(model.model_fields) if model else {}
+
+
+def _within(key: str, keys: Iterable[str]) -> bool:
+    """Is `key` one of `keys`, or below one of them?"""
+    return any(key == k or key.startswith(f"{k}.") for k in keys)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _lines(text: str) -> dict[str, int]:
+    """Dotted key -> line, by a scan for headers and keys at the start of a line. tomllib keeps no positions."""
+    found: dict[str, int] = {}
+    section, quote = "", None
+    for number, line in enumerate(text.splitlines(), 1):
+        inside = quote
+        for mark in re.findall(r'"""|\'\'\'', line):
+            quote = mark if quote is None else None if mark == quote else quote
+        if inside:
+            continue
+        if header := re.match(r"\s*\[\[?\s*([^\]#]+?)\s*\]", line):
+            section = re.sub(r"[\s\"']", "", header[1])
+            found.setdefault(section, number)
+        elif key := re.match(r"\s*([\w\-.\"']+(?:\s*\.\s*[\w\-\"']+)*)\s*=", line):
+            name = re.sub(r"[\s\"']", "", key[1])
+            found.setdefault(f"{section}.{name}" if section else name, number)
+    return found
+
+
+# ---------------------------------------------------------------- llmrl show
+
+
+def resolved(loaded: LoadedRecipe) -> list[tuple[str, Any, Origin]]:
+    """(dotted key, value, origin) of everything, with the defaults of the plug-ins' factories. Raises InputError as `check_plugins`."""
+    check_plugins(loaded)
+    rows: list[tuple[str, Any, Origin]] = []
+    for name, section in loaded.recipe.model_dump(mode="json").items():
+        for key, value in _leaves({name: section}):
+            rows.append((key, value, loaded.origins.get(key, "default")))
+        if name in HOMES:
+            factory = plugins.resolve(section["use"], home=HOMES[name], base=loaded.base)
+            for key, (_, default) in plugins.signature_of(factory).items():
+                if key not in section:
+                    rows.append((f"{name}.{key}", default, "default"))
+    return rows
+
+
+def show(loaded: LoadedRecipe, *, as_json: bool = False) -> None:
+    """Print every resolved key, its value and its origin: a table, or one JSON object {"path", "values": {key: {"value", "origin"}}}."""
+    rows = resolved(loaded)
+    if as_json:
+        values = {key: {"value": value, "origin": origin} for key, value, origin in rows}
+        sys.stdout.write(json.dumps({"path": str(loaded.path), "values": values}, default=str, indent=2) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("key", "value", "origin", title=str(loaded.path))
+    for key, value, origin in rows:
+        shown = "-" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+        table.add_row(key, Text(shown), Text(origin, style={"default": "dim", "file": "", "override": "bold"}[origin]))
+    Console().print(table)

@@ -1,0 +1,213 @@
+"""Generates on the learner's own weights, so nothing is ever stale: continuous batching over a key-value cache of our own.
+
+A context is prefilled once however many completions it gets. Rows that finish leave at once and waiting ones take their place; the rows
+in use are kept together at the front of the cache, so that a step computes nothing for the finished. Randomness belongs to the request
+(`Request.seed`), so a completion does not depend on what else is in the batch, up to the rounding of matrix products of another shape
+(fp32: about 1e-6 in a log-prob; bf16: about 1e-2, which can turn a token that was nearly a tie).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmrl.attention import DecodePlan, PrefillPlan
+from llmrl.engine import draw
+from llmrl.models import Policy
+from llmrl.records import Completion, InputError, Request, Sampling
+from llmrl.rollout import philox
+
+PREFILL_TOKENS = 4096
+"""Context tokens of one prefill forward, at most (a single longer context is prefilled alone)."""
+
+
+def hf(*, rows: int = 256, cache_gb: float = 4.0) -> Callable[[Policy], HFEngine]:
+    """Engine on the learner's weights. rows: completions decoded side by side, at most; cache_gb: key-value cache, GB, at most."""
+    if rows < 1 or cache_gb <= 0:
+        raise InputError(f"[engine] hf: rows = {rows} and cache_gb = {cache_gb} must be positive")
+    return lambda policy: HFEngine(policy, rows=rows, cache_gb=cache_gb)
+
+
+@dataclass
+class _Row:
+    """A completion under way."""
+
+    place: int
+    request: Request
+    u: np.ndarray
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+
+
+class HFEngine:
+    """See the module's docstring. Not thread-safe; generation runs without gradients and leaves the model in its training mode."""
+
+    def __init__(self, policy: Policy, *, rows: int = 256, cache_gb: float = 4.0):
+        self.policy, self.rows, self.cache_gb = policy, rows, cache_gb
+        self.policy_version = 0
+        config = policy.model.config.get_text_config()
+        self.layers: int = config.num_hidden_layers
+        self.kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._cache: list[tuple[Tensor, Tensor]] = []
+
+    def load_weights(self, version: int, weights: Callable[[], Any] | None) -> None:
+        """The weights are the learner's own tensors: only the version's number is taken over."""
+        self.policy_version = version
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion a request, in order."""
+        if not requests:
+            return []
+        need = max(len(r.context_ids) + r.sampling.max_new_tokens for r in requests)
+        if self.max_length and need > self.max_length:
+            worst = max(requests, key=lambda r: len(r.context_ids) + r.sampling.max_new_tokens)
+            raise InputError(
+                f"a context of {len(worst.context_ids)} tokens and max_new_tokens = {worst.sampling.max_new_tokens} exceed the model's "
+                f"{self.max_length} positions: lower rollout.max_new_tokens or data.max_prompt_tokens"
+            )
+        training = self.policy.model.training
+        self.policy.model.eval()
+        try:
+            with torch.inference_mode():
+                return _Run(self, requests, need).finish()
+        finally:
+            self.policy.model.train(training)
+
+    def cache(self, length: int, wanted: int) -> tuple[list[tuple[Tensor, Tensor]], int]:
+        """(cache of at least `length` places, number of rows it has). Kept between calls while it fits."""
+        dtype = self.policy.model.dtype
+        row_bytes = 2 * self.layers * self.kv_heads * self.head_dim * length * dtype.itemsize
+        rows = max(1, min(self.rows, wanted, int(self.cache_gb * 1e9 // row_bytes)))
+        if not self._cache or self._cache[0][0].shape[0] < rows or self._cache[0][0].shape[2] < length:
+            self._cache = []  # freed before the new one is made
+            shape = (rows, self.kv_heads, length, self.head_dim)
+            self._cache = [tuple(torch.zeros(shape, dtype=dtype, device=self.policy.device) for _ in "kv") for _ in range(self.layers)]  # type: ignore[misc]
+        return self._cache, rows
+
+    def release(self) -> None:
+        """Gives the cache's memory back; the next call makes a new one."""
+        self._cache = []
+
+
+class _Run:
+    """One call of generate."""
+
+    def __init__(self, engine: HFEngine, requests: Sequence[Request], length: int):
+        self.engine, self.policy, self.requests = engine, engine.policy, requests
+        self.cache, self.n_rows = engine.cache(length, len(requests))
+        self.waiting = list(range(len(requests)))[::-1]
+        self.unborn = Counter(r.context_ids for r in requests)  # contexts that waiting requests still need
+        self.contexts: dict[tuple[int, ...], tuple[list[tuple[Tensor, Tensor]], Tensor]] = {}  # prefilled: (keys and values a layer, last logits)
+        self.live: list[_Row] = []
+        self.done: dict[int, Completion] = {}
+
+    def finish(self) -> list[Completion]:
+        while self.waiting or self.live:
+            free = self.n_rows - len(self.live)
+            # entering in batches keeps the prefills large; an empty batch or a quarter of free rows is worth one
+            if self.waiting and (not self.live or free >= max(1, self.n_rows // 4)):
+                self.enter(free)
+            else:
+                self.step()
+        return [self.done[i] for i in range(len(self.requests))]
+
+    def enter(self, free: int) -> None:
+        """Waiting requests take free rows; contexts not seen yet are prefilled."""
+        chosen = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
+        fresh = list(dict.fromkeys(c for i in chosen if (c := self.requests[i].context_ids) not in self.contexts))
+        while fresh:
+            part, total = [], 0
+            while fresh and (not part or total + len(fresh[0]) <= PREFILL_TOKENS):
+                part.append(fresh.pop(0))
+                total += len(part[-1])
+            self.prefill(part)
+        rows, logits = [], []
+        first = len(self.live)
+        for k, i in enumerate(chosen):
+            request = self.requests[i]
+            kv, last = self.contexts[request.context_ids]
+            for (K, V), (k_c, v_c) in zip(self.cache, kv, strict=True):
+                K[first + k, :, : k_c.shape[1]], V[first + k, :, : v_c.shape[1]] = k_c, v_c
+            rows.append(_Row(i, request, philox(request.seed).random(request.sampling.max_new_tokens)))
+            logits.append(last)
+            self.unborn[request.context_ids] -= 1
+            if not self.unborn[request.context_ids]:
+                del self.contexts[request.context_ids]
+        self.live += rows
+        self.take(torch.stack(logits), rows)
+
+    def prefill(self, contexts: list[tuple[int, ...]]) -> None:
+        """One packed forward over contexts; keeps their keys, values and the logits after each."""
+        device = self.policy.device
+        lengths = [len(c) for c in contexts]
+        starts = np.cumsum([0, *lengths[:-1]])
+        longest = max(lengths)
+        index = torch.tensor([[s + min(j, n - 1) for j in range(longest)] for s, n in zip(starts, lengths, strict=True)], device=device)
+        pick = torch.tensor([r * longest + j for r, n in enumerate(lengths) for j in range(n)], device=device)
+        plan = PrefillPlan(index, pick, self.policy.kernel)
+        ids = torch.tensor([t for c in contexts for t in c], device=device)
+        positions = torch.tensor([j for n in lengths for j in range(n)], device=device)
+        hidden = self.policy.hidden(ids, positions, plan)
+        ends = torch.tensor([s + n - 1 for s, n in zip(starts, lengths, strict=True)], device=device)
+        last = self.policy.logits(hidden[ends])
+        for r, (c, s, n) in enumerate(zip(contexts, starts, lengths, strict=True)):
+            kv = [tuple(x[s : s + n].transpose(0, 1) for x in plan.kv[layer]) for layer in range(self.engine.layers)]
+            self.contexts[c] = (kv, last[r])  # type: ignore[assignment]
+
+    def step(self) -> None:
+        """One more token for every live row."""
+        device = self.policy.device
+        position = torch.tensor([len(r.request.context_ids) + len(r.ids) - 1 for r in self.live], device=device)
+        token = torch.tensor([r.ids[-1] for r in self.live], device=device)
+        hidden = self.policy.hidden(token, position, DecodePlan(self.cache, position, self.policy.kernel))
+        self.take(self.policy.logits(hidden), self.live)
+
+    def take(self, logits: Tensor, rows: list[_Row]) -> None:
+        """Draws a token for each of `rows` and retires those that end with it."""
+        kinds: dict[Sampling, list[int]] = {}
+        for k, row in enumerate(rows):
+            kinds.setdefault(row.request.sampling, []).append(k)
+        for how, members in kinds.items():
+            u = torch.tensor([rows[k].u[len(rows[k].ids)] for k in members], dtype=torch.float64, device=logits.device)
+            part = logits if len(members) == len(rows) else logits[torch.tensor(members, device=logits.device)]
+            tokens, logps = draw(part, how, u)
+            for k, token, logp in zip(members, tokens.tolist(), logps.tolist(), strict=True):
+                rows[k].ids.append(token)
+                rows[k].logps.append(logp)
+        ended = [row for row in rows if self.ends(row)]
+        if ended:
+            self.retire({id(row) for row in ended})
+
+    def ends(self, row: _Row) -> bool:
+        how = row.request.sampling
+        stopped = row.ids[-1] in self.policy.stop_ids
+        if not stopped and how.stop:
+            tail = self.policy.chat.text(row.ids[-(max(map(len, how.stop)) + 8) :])
+            stopped = any(s in tail for s in how.stop)
+        if stopped or len(row.ids) >= how.max_new_tokens:
+            text = self.policy.chat.text(row.ids)
+            self.done[row.place] = Completion(row.ids, row.logps, "stop" if stopped else "length", self.engine.policy_version, text)
+            return True
+        return False
+
+    def retire(self, ended: set[int]) -> None:
+        """Drops rows and moves the last live ones into the holes they leave."""
+        left = len(self.live) - len(ended)
+        holes = [k for k in range(left) if id(self.live[k]) in ended]
+        movers = [k for k in range(left, len(self.live)) if id(self.live[k]) not in ended]
+        if holes:
+            to, source = torch.tensor(holes, device=self.policy.device), torch.tensor(movers, device=self.policy.device)
+            length = max(len(self.live[k].request.context_ids) + len(self.live[k].ids) for k in movers)
+            for K, V in self.cache:
+                K[to, :, :length], V[to, :, :length] = K[source, :, :length], V[source, :, :length]
+            for hole, mover in zip(holes, movers, strict=True):
+                self.live[hole] = self.live[mover]
+        del self.live[left:]

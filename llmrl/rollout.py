@@ -1,0 +1,135 @@
+"""From prompts to scored groups: what a rule's `collect` may use, and the default collect."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from llmrl.chat import Chat
+from llmrl.memory import Memory
+from llmrl.records import Completion, Engine, Group, Prompt, Request, Sample, Sampling, Verdict
+
+
+class Scores(Protocol):
+    """Anything that judges responses in order: scoring.Scorer, or a plain function in a test."""
+
+    def score(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]: ...
+
+
+@dataclass
+class RolloutIO:
+    """All that `collect` sees. Random streams come from (seed, step, prompt id, i): they do not depend on rank or batch."""
+
+    engine: Engine
+    verifier: Scores
+    chat: Chat
+    memory: Memory
+    sampling: Sampling
+    group: int
+    """samples a prompt"""
+    seed: tuple[int, int]
+    """(recipe seed, step)"""
+    more_prompts: Callable[[int], list[Prompt]] | None = None
+    """the next n prompts of this rank, for rules that refill; they count as used"""
+    seconds: Counter[str] = field(default_factory=Counter)
+    """wall time spent in "generate" and "score" """
+    uses: Counter[str] = field(default_factory=Counter)
+    """how often each prompt id was sampled this step, so that a second visit gets other random numbers"""
+
+    def sample(self, contexts: Sequence[Sequence[int]], keys: Sequence[tuple[int | str, ...]], sampling: Sampling | None = None) -> list[Completion]:
+        """One completion a context. `keys` name the random streams within the step, e.g. (prompt id, sample index)."""
+        how = sampling or self.sampling
+        with timed(self.seconds, "generate"):
+            return self.engine.generate([Request(tuple(c), (*self.seed, *k), how) for c, k in zip(contexts, keys, strict=True)])
+
+    async def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
+        """One verdict an item, in order."""
+        with timed(self.seconds, "score"):
+            return await asyncio.to_thread(self.verifier.score, list(items))
+
+    def rng(self, *key: int | str) -> np.random.Generator:
+        """A generator for a rule's own draws, named by key."""
+        return philox((*self.seed, *key))
+
+
+def philox(key: tuple[int | str, ...]) -> np.random.Generator:
+    """A counter-based generator keyed by a tuple: the same numbers on every machine and in every process."""
+    import hashlib
+
+    digest = hashlib.sha256("\x1f".join(f"{type(k).__name__}:{k}" for k in key).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], dtype=np.uint64)))
+
+
+class timed:
+    """Adds the wall seconds of a block to counter[name]."""
+
+    def __init__(self, counter: Counter[str], name: str):
+        self.counter, self.name = counter, name
+
+    def __enter__(self) -> None:
+        import time
+
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        import time
+
+        self.counter[self.name] += time.perf_counter() - self.start  # type: ignore[assignment]
+
+
+async def sample_groups(prompts: Sequence[Prompt], io: RolloutIO, *, mask_truncated: bool = False) -> list[Group]:
+    """The default collect: `io.group` samples of every prompt, each judged against its own prompt.
+
+    mask_truncated: samples cut by the length limit keep their place in the group's statistics but train nothing (DAPO's overlong
+    filtering, arXiv:2503.14476 section 3.4).
+    """
+    visits = []
+    for p in prompts:
+        visits.append(f"{p.id}~{io.uses[p.id]}" if io.uses[p.id] else p.id)
+        io.uses[p.id] += 1
+    contexts = [io.chat.prompt_ids(p.messages) for p in prompts]
+    jobs = [(g, i) for g in range(len(prompts)) for i in range(io.group)]
+    done = io.sample([contexts[g] for g, _ in jobs], [(visits[g], i) for g, i in jobs])
+    verdicts = await io.verify([(prompts[g], c.text) for (g, _), c in zip(jobs, done, strict=True)])
+    groups = [Group(p, []) for p in prompts]
+    for (g, i), c, v in zip(jobs, done, verdicts, strict=True):
+        groups[g].samples.append(make_sample(f"{visits[g]}/{i}", visits[g], contexts[g], c, v, mask_truncated=mask_truncated))
+    return groups
+
+
+def make_sample(id: str, prompt_id: str, context_ids: Sequence[int], c: Completion, v: Verdict, *, mask_truncated: bool = False) -> Sample:
+    """A Sample of role "policy" from a completion and its verdict. Unjudged: reward None and weight 0."""
+    on = v.score is not None and not (mask_truncated and c.finish == "length")
+    return Sample(
+        id=id, prompt_id=prompt_id, context_ids=list(context_ids), token_ids=c.token_ids, behavior_logp=c.logprobs, policy_version=c.policy_version,
+        text=c.text, finish=c.finish, verdict=v, reward=v.score, weights={"policy": 1.0 if on else 0.0},
+    )  # fmt: skip
+
+
+async def dynamic_groups(prompts: Sequence[Prompt], io: RolloutIO, *, max_rounds: int = 10, mask_truncated: bool = False) -> list[Group]:
+    """DAPO's dynamic sampling: keeps groups whose scores differ and refills with new prompts until there are len(prompts) of them.
+
+    Source: DAPO, arXiv:2503.14476 section 3.2; at most `max_rounds` generation rounds (10 in the released scripts, which then stop with
+    an error; here the step goes on with the groups it has, and the metric groups/live shows it). A prompt is kept iff its judged
+    scores are not all equal; with one sample a prompt all are kept. If no group is live the last round's are returned: the step then
+    has gradient 0.
+    """
+    live: list[Group] = []
+    seen = list(prompts)
+    for round_ in range(max_rounds):
+        fresh = await sample_groups(seen, io, mask_truncated=mask_truncated)
+        live += [g for g in fresh if len({s.reward for s in g.samples if s.reward is not None}) > 1 or len(g.samples) == 1]
+        if len(live) >= len(prompts) or io.more_prompts is None or round_ == max_rounds - 1:
+            return live[: len(prompts)] or fresh
+        seen = io.more_prompts(len(prompts) - len(live))
+    return live
+
+
+def with_sampling(io: RolloutIO, **changes: object) -> RolloutIO:
+    """The same io with other sampling parameters."""
+    return replace(io, sampling=replace(io.sampling, **changes))  # type: ignore[arg-type]

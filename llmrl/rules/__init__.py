@@ -1,0 +1,1 @@
+"""Policy-update rules: one file a paper, each ending in factories that return a `Rule`."""

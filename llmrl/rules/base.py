@@ -1,0 +1,73 @@
+"""The seam between a paper and the trainer: a rule is data (DESIGN section 3). Four parts: collect, credit, loss, needs."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from llmrl.credit import Credit
+from llmrl.records import Group, Prompt
+from llmrl.rollout import RolloutIO, sample_groups
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmrl.batch import Outputs, TokenBatch
+
+Collect = Callable[[Sequence[Prompt], RolloutIO], Awaitable[list[Group]]]
+LossFn = Callable[["TokenBatch", "Outputs"], "Tensor"]
+Over = Literal["token", "sample", "fixed"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the loss. The core reduces it; the denominator is a sum of weights over all ranks and micro-batches.
+
+    With w_t the tokens' weights under the name `weight`, n_i the number of tokens of sample i with w_t > 0, l_t = fn(batch, out):
+
+    - over="token":  sum_t w_t l_t / sum_t w_t                                  (token-mean; DAPO)
+    - over="sample": sum_i (1/n_i) sum_t w_t l_t / sum_i (1/n_i) sum_t w_t      (sequence mean of token means; GRPO)
+    - over="fixed":  sum_t w_t l_t / (budget * sum_i (1/n_i) sum_t w_t)         (constant budget; Dr. GRPO)
+
+    A sum over a row's tokens, mean over rows, is over="fixed" with budget=1.
+    """
+
+    fn: LossFn
+    """(batch, out) -> l_T: pure, unreduced, one entry a token. A loss per sample is that number repeated along its tokens."""
+    weight: str = "policy"
+    over: Over = "token"
+    coef: float = 1.0
+    budget: int | None = None
+    """Tokens; for over="fixed" only. None = the recipe's rollout.max_new_tokens."""
+    name: str = ""
+    """Under which the metrics show it; default: the name of the function."""
+
+    @property
+    def label(self) -> str:
+        return self.name or getattr(self.fn, "__name__", "loss")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a rule asks of the learner beyond logp_T. Each costs something, so each is asked for."""
+
+    ref_logp: bool = False
+    """Log-probs under the frozen starting model: one more forward without gradient. Known before credit, as stream "ref_logp"."""
+    old_logp: bool = False
+    """Log-probs of the learner at the start of the step, known before credit as stream "old_logp". Without it the core still
+    provides out.old_logp_T: from a pass of its own only where a step has several updates, else logp_T.detach()."""
+    entropy: bool = False
+    """Entropy of the next-token distribution, with gradient."""
+    whole_groups: bool = False
+    """All samples of a group in the same micro-batch, so that a loss may compare them."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A policy-update rule."""
+
+    credit: Credit
+    loss: tuple[Term, ...]
+    collect: Collect = sample_groups
+    needs: Needs = Needs()

@@ -1,0 +1,198 @@
+"""Everything that a command needs of a recipe, built in the order in which it can be refused: plug-ins, data, verifier, then the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmrl import plugins
+from llmrl.chat import Chat
+from llmrl.config import HOMES, LoadedRecipe, check_plugins
+from llmrl.data import PromptStream, read_prompts, split_holdout
+from llmrl.learner import Learner
+from llmrl.memory import Memory
+from llmrl.models import Policy, load_policy, load_tokenizer
+from llmrl.records import InputError, Prompt, Sampling
+from llmrl.recipe import Data, Recipe
+from llmrl.rules.base import Rule
+from llmrl.scoring import Scorer
+
+
+@dataclass
+class Tables:
+    """The prompts of a recipe."""
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+    warm: list[Prompt]
+    dropped: int
+    longest: int
+    """Tokens of the longest prompt."""
+
+
+@dataclass
+class Session:
+    """A recipe brought to life. Close it: it owns verifier processes."""
+
+    loaded: LoadedRecipe
+    rule: Rule
+    tables: Tables
+    scorer: Scorer
+    accelerator: Any
+    policy: Policy
+    learner: Learner
+    engine: Any
+    sampling: Sampling
+    stream: PromptStream
+    memory: Memory = field(default_factory=Memory)
+    credit_state: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        return self.accelerator.num_processes
+
+    def close(self) -> None:
+        self.scorer.close()
+
+
+def rule_of(loaded: LoadedRecipe) -> Rule:
+    """The [rule] section, built. Raises InputError when the factory returns something else."""
+    spec = loaded.recipe.rule
+    rule = plugins.use(spec.use, spec.kwargs, home=HOMES["rule"], base=loaded.base, where="[rule]")
+    if not isinstance(rule, Rule):
+        raise InputError(f'[rule] use = "{spec.use}": the factory returned {type(rule).__name__}, not a llmrl.rules.base.Rule')
+    return rule
+
+
+def scorer_of(loaded: LoadedRecipe) -> Scorer:
+    """The [verifier] section, running in its worker processes."""
+    r = loaded.recipe
+    return Scorer(
+        r.verifier.use, r.verifier.kwargs, loaded.base, workers=r.scoring.workers, timeout_s=r.scoring.timeout_s,
+        memory_mb=r.scoring.memory_mb, max_failure_rate=r.scoring.max_failure_rate,
+    )  # fmt: skip
+
+
+def sampling_of(recipe: Recipe) -> Sampling:
+    """The [rollout] section as the engine's sampling parameters."""
+    return Sampling(**{k: getattr(recipe.rollout, k) for k in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop")})
+
+
+def read_tables(loaded: LoadedRecipe, chat: Chat) -> Tables:
+    """All rows of [data], [eval.data] and [warm_start.data], checked: nothing here needs a model's weights."""
+    r = loaded.recipe
+    lengths: dict[str, int] = {}  # by question: generated data asks the same one many times
+
+    def tokens_of(prompt: Prompt) -> int:
+        key = repr(prompt.messages)
+        if key not in lengths:
+            lengths[key] = len(chat.prompt_ids(prompt.messages))
+            strange = chat.unknown(prompt.text)
+            if strange is not None:
+                raise InputError(f"row {prompt.id}: the tokenizer has no token for {strange!r}; add it to model.tiny.alphabet or change the row")
+        return lengths[key]
+
+    def read(data: Data, *, solution: bool = False) -> tuple[list[Prompt], int]:
+        table = read_prompts(
+            data.path, base=loaded.base, split=data.split, args=data.args, columns=dict(data.columns), template=data.template, system=data.system,
+            answer_after=data.answer_after, limit=data.limit, on_bad=data.on_bad, need_solution=solution, tokens_of=tokens_of,
+            max_prompt_tokens=data.max_prompt_tokens,
+        )  # fmt: skip
+        for prompt in table.prompts:
+            tokens_of(prompt)
+        return table.prompts, len(table.dropped)
+
+    warm_here = r.warm_start is not None and r.warm_start.data is None
+    train, dropped = read(r.data, solution=warm_here)
+    held: list[Prompt] = []
+    if r.data.holdout:
+        train, held = split_holdout(train, r.data.holdout, r.seed)
+    warm = train if warm_here else []
+    if r.warm_start is not None and r.warm_start.data is not None:
+        warm, more = read(r.warm_start.data, solution=True)
+        questions = {repr(p.messages) for p in held}
+        warm, dropped = [p for p in warm if repr(p.messages) not in questions], dropped + more
+    if r.eval.data is not None:
+        held, more = read(r.eval.data)
+        dropped += more
+    held = _distinct(held)[: r.eval.rows]
+    longest = max(lengths.values())
+    return Tables(train, held, warm, dropped, longest)
+
+
+def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Each question once: a repeated one would count twice in an accuracy."""
+    seen: dict[str, Prompt] = {}
+    for p in prompts:
+        seen.setdefault(repr(p.messages), p)
+    return list(seen.values())
+
+
+def open_session(loaded: LoadedRecipe) -> Session:
+    """Builds all of it. InputError for anything that the user can mend; no model is loaded before data and verifier are known good."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    check_plugins(loaded)
+    r = loaded.recipe
+    rule = rule_of(loaded)
+    tables = read_tables(loaded, load_tokenizer(r.model, base=loaded.base))
+    scorer = scorer_of(loaded)
+    try:
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(r.run.trackers) or None, project_dir=r.run.dir)
+        set_seed(r.seed)
+        policy = load_policy(r.model, base=loaded.base, seed=r.seed, device=accelerator.device)
+        connect = plugins.use(r.engine.use, r.engine.kwargs, home=HOMES["engine"], base=loaded.base, where="[engine]")
+        engine = connect(policy)
+        _fits(loaded, tables, engine)
+        sampling = sampling_of(r)
+        learner = Learner(policy, accelerator, head_chunk=r.model.head_chunk, temperature=sampling.temperature)
+        if r.rollout.prompts % accelerator.num_processes:
+            raise InputError(f"rollout.prompts = {r.rollout.prompts} cannot be shared by {accelerator.num_processes} processes evenly")
+        stream = PromptStream(tables.train, seed=r.seed, rank=accelerator.process_index, world=accelerator.num_processes, shuffle=r.data.shuffle)
+    except BaseException:
+        scorer.close()
+        raise
+    return Session(loaded, rule, tables, scorer, accelerator, policy, learner, engine, sampling, stream, credit_state=rule.credit.init())
+
+
+def _fits(loaded: LoadedRecipe, tables: Tables, engine: Any) -> None:
+    limit = getattr(engine, "max_length", None)
+    need = tables.longest + loaded.recipe.rollout.max_new_tokens
+    if limit and need > limit:
+        raise InputError(
+            f"{loaded.where('rollout.max_new_tokens')}: the longest prompt has {tables.longest} tokens; with max_new_tokens = "
+            f"{loaded.recipe.rollout.max_new_tokens} that is {need}, and the model has {limit} positions; lower it, or set data.max_prompt_tokens"
+        )
+
+
+def run_folder(loaded: LoadedRecipe, *, resume: bool, overwrite: bool) -> Path:
+    """The run directory, checked against what is there already. Deletes its contents only under `overwrite`."""
+    import shutil
+
+    folder = Path(loaded.recipe.run.dir)
+    used = folder.exists() and any(folder.iterdir())
+    if resume or not used:
+        if resume and not (folder / "manifest.json").is_file():
+            raise InputError(f"--resume: {folder} holds no run (no manifest.json); start it without --resume")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    if not overwrite:
+        raise InputError(f"{folder} already holds a run; continue it with --resume, replace it with --overwrite, or choose another with run.dir=...")
+    if not (folder / "manifest.json").is_file():
+        raise InputError(f"--overwrite: {folder} is not empty and is no run of llmrl (no manifest.json); it is left alone")
+    shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder

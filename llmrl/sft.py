@@ -1,0 +1,56 @@
+"""Supervised warm start: cross-entropy on the rows' solutions, on the same learner, batches and denominators as RL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from llmrl.batch import evaluate_terms, global_denominators, pack
+from llmrl.data import PromptStream
+from llmrl.learner import Learner, learning_rate
+from llmrl.losses import ce
+from llmrl.records import Prompt, Sample
+from llmrl.recipe import Optim
+from llmrl.rules.base import Needs, Term
+
+TERMS = (Term(ce(), weight="sft", name="sft"),)
+
+
+def demonstration(prompt: Prompt, learner: Learner) -> Sample:
+    """The row's solution as a sample that feeds the term "sft"; the end token is learnt too."""
+    chat = learner.policy.chat
+    return Sample(
+        id=prompt.id, prompt_id=prompt.id, context_ids=chat.prompt_ids(prompt.messages), token_ids=chat.completion_ids(prompt.meta["solution"]),
+        behavior_logp=None, policy_version=learner.version, role="demonstration", weights={"sft": 1.0},
+    )  # fmt: skip
+
+
+def supervise(
+    learner: Learner, prompts: list[Prompt], optim: Optim, *, steps: int, examples: int, tokens: int, seed: int,
+    each: Callable[[int, dict[str, float]], None] = lambda step, row: None,
+) -> None:  # fmt: skip
+    """`steps` updates on `examples` demonstrations each, over all ranks; `each(step, metrics)` after every one (steps from 1).
+
+    The loss is the mean over all solution tokens of the step, all ranks, in nats. The temperature is 1 whatever the rollouts use.
+    """
+    world, rank = learner.accelerator.num_processes, learner.accelerator.process_index
+    stream = PromptStream(prompts, seed=seed, rank=rank, world=world)
+    temperature, learner.temperature = learner.temperature, 1.0
+    learner.start(optim)
+    try:
+        for step in range(steps):
+            samples = [demonstration(p, learner) for p in stream.take(max(1, examples // world))]
+            denominators = global_denominators(samples, TERMS, max_new_tokens=1, all_sum=learner.all_sum)
+            total = 0.0
+            for batch in pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=tokens, groups=range(len(samples))):
+                batch = batch.to(learner.policy.device)
+                loss, shares = evaluate_terms(TERMS, batch, learner.forward(batch, Needs()), denominators)
+                learner.backward(loss)
+                total += shares["sft"]
+            lr = learning_rate(optim, step, steps)
+            norm = learner.update(lr)
+            loss_all = float(learner.all_sum(torch.tensor([total], dtype=torch.float64))[0])
+            each(step + 1, {"warm/loss": loss_all, "warm/lr": lr, "warm/grad_norm": norm})
+    finally:
+        learner.temperature = temperature

@@ -1,0 +1,192 @@
+"""One training step: collect, credit, pack, forward, backward, update. Knows nothing of any paper."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmrl.batch import evaluate_terms, global_denominators, numbers, pack, token_metrics
+from llmrl.credit import View
+from llmrl.learner import Learner, RunFailed, learning_rate
+from llmrl.records import Group, Sample
+from llmrl.rollout import RolloutIO, philox, timed
+from llmrl.rules.base import Needs, Rule
+from llmrl.session import Session
+
+Row = dict[str, float | None]
+
+
+def view_of(samples: Sequence[Sample], learner: Learner, max_new_tokens: int) -> View:
+    """This rank's samples as credit sees them."""
+    lengths = [len(s.token_ids) for s in samples]
+    names = {n for s in samples for n in s.streams}
+    streams = {n: [x for s, k in zip(samples, lengths, strict=True) for x in (s.streams.get(n) or [float("nan")] * k)] for n in names}
+    return View(
+        reward_S=torch.tensor([0.0 if s.reward is None else s.reward for s in samples], dtype=torch.float64),
+        scored_S=torch.tensor([s.reward is not None for s in samples]),
+        cohort_S=torch.tensor(numbers(s.cohort for s in samples)),
+        length_S=torch.tensor(lengths),
+        truncated_S=torch.tensor([s.finish == "length" for s in samples]),
+        sample_T=torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths)),
+        max_new_tokens=max_new_tokens,
+        streams={n: torch.tensor(v, dtype=torch.float64) for n, v in streams.items()},
+        all_sum=learner.all_sum,
+    )
+
+
+def run_step(session: Session, step: int) -> tuple[list[Group], list[Tensor], Row]:
+    """Step `step` (from 1): its groups, their advantages (one [n_tokens] tensor a sample, in order), and a row of metrics."""
+    r, learner, rule = session.recipe, session.learner, session.rule
+    io = RolloutIO(
+        session.engine, session.scorer, session.policy.chat, session.memory, session.sampling, r.rollout.group, (r.seed, step),
+        more_prompts=session.stream.take,
+    )  # fmt: skip
+    began = time.perf_counter()
+    groups = asyncio.run(rule.collect(session.stream.take(r.rollout.prompts // session.world), io))  # type: ignore[arg-type]
+    samples = [s for g in groups for s in g.samples]
+    for s in samples:
+        if s.policy_version != learner.version:
+            raise RunFailed(f"sample {s.id} is of policy version {s.policy_version}, the learner is at {learner.version}: stale rollouts")
+    seconds: Counter[str] = io.seconds
+    with timed(seconds, "update"):
+        for name in _streams_before_credit(rule.needs, updates=r.batch.minibatches * r.batch.epochs):
+            learner.add_stream(name, samples, tokens=r.batch.tokens)
+        adv_T, session.credit_state = rule.credit.update(view_of(samples, learner, session.sampling.max_new_tokens), session.credit_state)
+        adv = list(adv_T.split([len(s.token_ids) for s in samples]))
+        learned = learn(session, groups, samples, adv, step)
+        session.engine.load_weights(learner.version, learner.weights)
+    row = {**rollout_metrics(samples, adv, learner), **learned}
+    row |= {f"time/{name}_s": t for name, t in seconds.items()} | {"time/step_s": time.perf_counter() - began}
+    return groups, adv, row
+
+
+def _streams_before_credit(needs: Needs, *, updates: int) -> list[str]:
+    """old_logp costs a forward only where the rule wants it before credit, or where weights move within the step."""
+    return [name for name, wanted in (("old_logp", needs.old_logp or updates > 1), ("ref_logp", needs.ref_logp)) if wanted]
+
+
+def needs_forward(rule: Rule, sample: Sample, adv: Tensor) -> bool:
+    """False when no term can have a gradient on this sample: no weight, or advantage 0 under losses that scale with it."""
+    for term in rule.loss:
+        if sample.weights.get(term.weight, 0.0) > 0 and term.coef != 0 and (not getattr(term.fn, "scales_with_advantage", False) or bool(adv.any())):
+            return True
+    return False
+
+
+def minibatches(groups: Sequence[Group], n: int, key: tuple[int | str, ...]) -> list[list[int]]:
+    """Numbers of the groups in each of n nearly equal parts, shuffled by `key` when there is more than one part."""
+    order = list(range(len(groups)))
+    if n > 1:
+        order = philox(key).permutation(len(groups)).tolist()
+    bounds = [round(i * len(order) / n) for i in range(n + 1)]
+    return [sorted(order[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def learn(session: Session, groups: Sequence[Group], samples: Sequence[Sample], adv: Sequence[Tensor], step: int) -> Row:
+    """All updates of a step; returns metrics of the loss, meaned over tokens of all ranks and updates."""
+    r, learner, rule = session.recipe, session.learner, session.rule
+    places, at = [], 0
+    for g in groups:
+        places.append(range(at, at + len(g.samples)))
+        at += len(g.samples)
+    group_of = [k for k, place in enumerate(places) for _ in place]
+    sums: Counter[str] = Counter()
+    gap_max, norms = 0.0, []
+    lr = learning_rate(r.optim, step - 1, r.steps)
+    first = True
+    for epoch in range(r.batch.epochs):
+        for part in minibatches(groups, r.batch.minibatches, (r.seed, step, "minibatch", epoch, session.rank)):
+            mine = [i for k in part for i in places[k]]
+            denominators = global_denominators(
+                [samples[i] for i in mine], rule.loss, max_new_tokens=session.sampling.max_new_tokens, all_sum=learner.all_sum
+            )
+            live = [i for i in mine if needs_forward(rule, samples[i], adv[i])]
+            for batch in pack(
+                [samples[i] for i in live], [adv[i] for i in live], tokens=r.batch.tokens,
+                groups=[group_of[i] for i in live], whole_groups=rule.needs.whole_groups,
+            ):  # fmt: skip
+                batch = batch.to(learner.policy.device)
+                out = learner.forward(batch, rule.needs)
+                loss, shares = evaluate_terms(rule.loss, batch, out, denominators)
+                learner.backward(loss)
+                metrics = token_metrics(batch, out, rule.loss)
+                metrics["padding"] = float(batch.index_RL.numel())
+                metrics["trained"] = float(len(batch.ids_P))
+                if first:
+                    _check_gap(session, metrics.get("gap_max", 0.0), step)
+                    gap_max = max(gap_max, metrics.get("gap_max", 0.0))
+                first = False
+                sums.update({k: v for k, v in metrics.items() if k != "gap_max"})  # type: ignore[arg-type]
+                sums.update({f"loss/{k}": v for k, v in shares.items()})  # type: ignore[arg-type]
+            norms.append(learner.update(lr))
+    return _loss_row(learner, rule, sums, gap_max, norms, lr)
+
+
+def _loss_row(learner: Learner, rule: Rule, sums: Counter[str], gap_max: float, norms: list[float], lr: float) -> Row:
+    names = ["n", "n_gap", "gap", "kl_old", "kl_ref", "entropy", "clipped", "trained", *(f"loss/{t.label}" for t in rule.loss)]
+    names = list(dict.fromkeys(names))
+    total = dict(zip(names, learner.all_sum(torch.tensor([float(sums[k]) for k in names], dtype=torch.float64)).tolist(), strict=True))
+    worst = float(learner.all_max(torch.tensor([gap_max], dtype=torch.float64))[0])
+
+    def mean(key: str, n: str = "n", on: bool = True) -> float | None:
+        return total[key] / total[n] if on and total[n] else None
+
+    row: Row = {f"loss/{t.label}": total[f"loss/{t.label}"] / len(norms) for t in rule.loss}
+    row |= {
+        "logp_gap/max_nats": worst if total["n_gap"] else None, "logp_gap/mean_nats": mean("gap", "n_gap"), "kl/old_nats": mean("kl_old"),
+        "kl/ref_nats": mean("kl_ref", on=rule.needs.ref_logp), "entropy/policy_nats": mean("entropy", on=rule.needs.entropy),
+        "clip/share": mean("clipped", on=any(hasattr(t.fn, "clip_bounds") for t in rule.loss)),
+        "grad/norm": sum(norms) / len(norms), "lr": lr, "tokens/trained": total["trained"], "policy_version": learner.version,
+    }  # fmt: skip
+    return row
+
+
+def _check_gap(session: Session, gap: float, step: int) -> None:
+    """The alarm: on the first micro-batch the learner must agree with the engine, or one of them sees another context or other weights."""
+    s = session.sampling
+    if s.top_p < 1 or s.top_k or s.min_p:
+        return  # the engine then samples from a cut distribution: the gap is wanted, and rho corrects it
+    default = 2.0 if session.policy.model.dtype == torch.bfloat16 else 1e-3
+    limit = session.recipe.checks.max_logp_gap or default
+    if gap > limit:
+        raise RunFailed(
+            f"step {step}: learner and engine disagree by {gap:.4g} nats on a sampled token (limit {limit:g}, checks.max_logp_gap): the engine has "
+            "other weights, another temperature, or tokens are trained under another context than they were sampled in"
+        )
+
+
+def rollout_metrics(samples: Sequence[Sample], adv: Sequence[Tensor], learner: Learner) -> Row:
+    """Metrics of the policy's samples, over all ranks."""
+    policy = [(s, a) for s, a in zip(samples, adv, strict=True) if s.role == "policy"]
+    sums: Counter[str] = Counter()
+    cohorts: dict[str, bool] = {}
+    for s, a in policy:
+        cohorts[s.cohort] = cohorts.get(s.cohort, False) or bool(a.any())
+        sums["n"] += 1
+        sums["tokens"] += len(s.token_ids)
+        sums["cut"] += s.finish == "length"
+        sums[s.verdict.status if s.verdict else "error"] += 1
+        if s.behavior_logp is not None:
+            sums["nll"] -= sum(s.behavior_logp)  # type: ignore[assignment]
+            sums["nll_n"] += len(s.behavior_logp)
+        if s.reward is not None:
+            sums["scored"] += 1
+            sums["reward"] += s.reward  # type: ignore[assignment]
+            sums["square"] += s.reward**2  # type: ignore[assignment]
+    sums["cohorts"], sums["live"] = len(cohorts), sum(cohorts.values())
+    keys = ["n", "tokens", "cut", "ok", "no_answer", "timeout", "error", "nll", "nll_n", "scored", "reward", "square", "cohorts", "live"]
+    t = dict(zip(keys, learner.all_sum(torch.tensor([float(sums[k]) for k in keys], dtype=torch.float64)).tolist(), strict=True))
+    longest = float(learner.all_max(torch.tensor([max((len(s.token_ids) for s, _ in policy), default=0)], dtype=torch.float64))[0])
+    mean = t["reward"] / t["scored"] if t["scored"] else None
+    return {
+        "reward/mean": mean, "reward/std": None if mean is None else max(0.0, t["square"] / t["scored"] - mean**2) ** 0.5,
+        "samples": t["n"], "samples/unjudged": t["timeout"] + t["error"], "samples/no_answer_share": t["no_answer"] / t["n"] if t["n"] else None,
+        "groups/live_share": t["live"] / t["cohorts"] if t["cohorts"] else None, "length/mean_tokens": t["tokens"] / t["n"] if t["n"] else None,
+        "length/max_tokens": longest, "length/truncated_share": t["cut"] / t["n"] if t["n"] else None, "tokens/generated": t["tokens"],
+        "entropy/rollout_nats": t["nll"] / t["nll_n"] if t["nll_n"] else None,
+    }  # fmt: skip

@@ -1,0 +1,178 @@
+"""The training loop: warm start, steps, evaluations, checkpoints, and the files a run leaves behind (DESIGN section 6)."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmrl import checkpoint
+from llmrl.config import LoadedRecipe
+from llmrl.console import Console
+from llmrl.curves import draw_curve
+from llmrl.evaluate import EvalResult, evaluate
+from llmrl.manifest import check_resume, write_manifest
+from llmrl.metrics import MetricLog
+from llmrl.records import InputError
+from llmrl.samples import read_rows, sample_rows, step_path, write_rows
+from llmrl.session import Session, open_session, run_folder
+from llmrl.sft import supervise
+from llmrl.step import run_step
+
+
+@dataclass
+class Progress:
+    """What a run has behind it; part of every checkpoint."""
+
+    step: int = 0
+    tokens: float = 0.0
+    accuracies: dict[str, float | None] = field(default_factory=dict)
+    """step -> held-out accuracy"""
+    eval_rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def train(loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Runs a recipe to its end and returns what summary.json holds. Raises InputError (refused) or RunFailed (stopped)."""
+    console = console or Console()
+    began = time.perf_counter()
+    if resume:
+        check_resume(loaded)
+    session = open_session(loaded)
+    try:
+        folder = run_folder(loaded, resume=resume, overwrite=overwrite) if session.rank == 0 else Path(loaded.recipe.run.dir)
+        session.accelerator.wait_for_everyone()
+        run = Run(session, folder, console)
+        run.prepare(resume)
+        while run.progress.step < session.recipe.steps:
+            run.advance()
+        return run.close(time.perf_counter() - began)
+    finally:
+        session.close()
+
+
+class Run:
+    """A session with a folder."""
+
+    def __init__(self, session: Session, folder: Path, console: Console):
+        self.s, self.folder, self.console = session, folder, console
+        self.main = session.rank == 0
+        self.progress = Progress()
+        self.log = MetricLog(folder) if self.main else None
+
+    # ------------------------------------------------------------ begin
+
+    def prepare(self, resume: bool) -> None:
+        """From the last checkpoint, or from the start: warm start, first evaluation, first checkpoint."""
+        r = self.s.recipe
+        found = checkpoint.checkpoints(self.folder / "checkpoints") if resume else []
+        if self.main and not found:
+            write_manifest(self.folder, self.s)
+        if r.run.trackers:
+            self.s.accelerator.init_trackers("llmrl", config={k: str(v) for k, v in self.s.loaded.recipe.model_dump().items()})
+        self.console.begin(self.s, self.folder, resumed_at=int(found[-1].name[5:]) if found else None)
+        if found:
+            self.restore(found[-1])
+            return
+        if self.log:
+            self.log.truncate_after(-1)
+        if r.warm_start is not None:
+            with self.console.warm(r.warm_start.steps) as each:
+                supervise(
+                    self.s.learner, self.s.tables.warm, r.warm_start.optim, steps=r.warm_start.steps, examples=r.warm_start.examples,
+                    tokens=r.batch.tokens, seed=r.seed, each=each,
+                )  # fmt: skip
+        self.s.engine.load_weights(self.s.learner.version, self.s.learner.weights)
+        self.s.learner.start(r.optim)
+        if self.s.rule.needs.ref_logp:
+            self.s.learner.freeze_reference()
+            if self.main:
+                checkpoint.save_reference(self.folder / "reference.safetensors", self.s.learner)
+        self.write(0, {**self.evaluate(0).row(), "policy_version": self.s.learner.version})
+        self.save()
+
+    def restore(self, latest: Path) -> None:
+        """Back to exactly where `latest` was written; later rows and samples of a broken run are dropped."""
+        learner = self.s.learner
+        learner.start(self.s.recipe.optim)
+        if self.s.rule.needs.ref_logp:
+            learner.freeze_reference()
+            checkpoint.load_reference(self.folder / "reference.safetensors", learner)
+        state = checkpoint.load(latest, learner, rank=self.s.rank, world=self.s.world)
+        learner.version = state["version"]
+        self.s.engine.load_weights(learner.version, learner.weights)
+        self.s.stream.load_state_dict(state["data"])
+        self.s.memory.load_state_dict(state["memory"])
+        self.s.credit_state = state["credit"]
+        self.progress = Progress(**state["progress"])
+        if self.log:
+            self.log.truncate_after(self.progress.step)
+            for file in (self.folder / "samples").glob("*.jsonl.gz"):
+                if int(file.name.split("-")[1].split(".")[0]) > self.progress.step:
+                    file.unlink()
+
+    # ------------------------------------------------------------ one step
+
+    def advance(self) -> None:
+        r, step = self.s.recipe, self.progress.step + 1
+        groups, adv, row = run_step(self.s, step)
+        write_rows(step_path(self.folder, step, self.s.rank), sample_rows(step, groups, adv))
+        self.progress.step = step
+        self.progress.tokens += row["tokens/generated"] or 0.0
+        if step == r.steps or (r.eval.every and step % r.eval.every == 0):
+            row |= self.evaluate(step).row()
+        self.write(step, row)
+        if step == r.steps or (r.checkpoint.every and step % r.checkpoint.every == 0):
+            self.save()
+
+    def evaluate(self, step: int) -> EvalResult:
+        """Held-out greedy accuracy of the weights after `step`; the answers go to samples/eval-*."""
+        began = time.perf_counter()
+        result = evaluate(self.s)
+        write_rows(step_path(self.folder, step, self.s.rank, "eval"), result.answers)
+        self.progress.accuracies[str(step)] = result.accuracy
+        self.progress.eval_rows[str(step)] = result.row()
+        self.console.evaluated(step, result, time.perf_counter() - began)
+        return result
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        if self.log:
+            self.log.append({"step": step, **row})
+        if self.s.recipe.run.trackers:
+            self.s.accelerator.log({k: v for k, v in row.items() if v is not None}, step=step)
+        self.console.step(step, row)
+
+    def save(self) -> None:
+        r, p = self.s.recipe, self.progress
+        state = {
+            "version": self.s.learner.version, "data": self.s.stream.state_dict(), "memory": self.s.memory.state_dict(),
+            "credit": self.s.credit_state, "progress": vars(p),
+        }  # fmt: skip
+        with self.console.saving():
+            checkpoint.save(self.folder / "checkpoints", p.step, self.s.learner, state, rank=self.s.rank, world=self.s.world)
+            if self.main:
+                ranked = sorted((a, int(k)) for k, a in p.accuracies.items() if a is not None)
+                checkpoint.prune(self.folder / "checkpoints", keep=r.checkpoint.keep, best=[k for _, k in ranked[::-1]][: r.checkpoint.best])
+
+    # ------------------------------------------------------------ end
+
+    def close(self, seconds: float) -> dict[str, Any]:
+        """Curve, summary, and the before/after table."""
+        p = self.progress
+        last = str(p.step)
+        summary = {
+            "accuracy_before": p.accuracies.get("0"), "accuracy_after": p.accuracies.get(last), "before": p.eval_rows.get("0"),
+            "after": p.eval_rows.get(last), "steps": p.step, "seconds": round(seconds, 2), "tokens": int(p.tokens), "run_dir": str(self.folder),
+            "model": str(self.folder / "checkpoints" / f"step-{p.step:06d}" / "model"),
+        }  # fmt: skip
+        if self.main:
+            draw_curve(self.folder)
+            checkpoint.write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            before, after = (step_path(self.folder, k, 0, "eval") for k in (0, p.step))
+            if not before.is_file() or not after.is_file():
+                raise InputError(f"{self.folder}: samples/eval-*.jsonl.gz of this run are gone")
+            self.console.end(summary, read_rows(before), read_rows(after))
+        if self.s.recipe.run.trackers:
+            self.s.accelerator.end_training()
+        return summary

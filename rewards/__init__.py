@@ -1,0 +1,1 @@
+"""Verifiers: factories that return `verify(prompt, response) -> Verdict`. One module a verifier."""
