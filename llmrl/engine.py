@@ -43,8 +43,10 @@ def draw(logits_NV: Tensor, how: Sampling, u_N: Tensor) -> tuple[Tensor, Tensor]
     logp = truncate_logits(logits_NV, how).log_softmax(-1)
     p = logp.exp()
     cdf = p.cumsum(-1)
-    token = torch.searchsorted(cdf, (u_N.to(cdf) * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=p.shape[-1] - 1)
-    # rounding at the upper end can hit a token of probability 0
+    total = cdf[:, -1:]
+    below = torch.minimum(u_N.to(cdf)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # u may round up to 1
+    token = torch.searchsorted(cdf, below, right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+    # sums that are not quite monotonic (GPU) can hit a token of probability 0
     token = torch.where(p.gather(1, token[:, None])[:, 0] > 0, token, p.argmax(-1))
     return token, logp.gather(1, token[:, None])[:, 0]
 

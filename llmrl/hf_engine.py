@@ -66,6 +66,8 @@ class HFEngine:
         """One completion a request, in order."""
         if not requests:
             return []
+        if not all(r.context_ids for r in requests):
+            raise InputError("a request has an empty context: the first token needs something to be predicted from")
         need = max(len(r.context_ids) + r.sampling.max_new_tokens for r in requests)
         if self.max_length and need > self.max_length:
             worst = max(requests, key=lambda r: len(r.context_ids) + r.sampling.max_new_tokens)

@@ -65,6 +65,8 @@ class Policy:
     @torch.no_grad()
     def self_test(self) -> None:
         """Refuses a model whose packed forward is not its own forward (soft-capped logits, unusual attention, ...)."""
+        if getattr(self.model.config.get_text_config(), "final_logit_softcapping", None):  # too weak to be seen where logits are small
+            raise InputError(f"model.path: {type(self.model).__name__} soft-caps its logits, which is not supported yet")
         vocab = self.model.config.get_text_config().vocab_size
         ids = torch.randint(0, vocab, (12,), generator=torch.Generator().manual_seed(0)).to(self.device)
         rows = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 8, 9, 10, 11]], device=self.device)
@@ -73,23 +75,34 @@ class Policy:
         training = self.model.training
         self.model.eval()
         try:
-            mine = head_logits(self.hidden(ids, positions, PackPlan(rows, pick, self.kernel)), *self.head)[pick.argsort()[:8]]
+            mine = head_logits(self.hidden(ids, positions, PackPlan(rows, pick, self.kernel)), *self.head)
             self.model.set_attn_implementation("eager")
-            theirs = self.model(ids[rows]).logits.float().view(16, -1)[pick[pick.argsort()]][:8]
+            theirs = self.model(ids[rows]).logits.float().view(16, -1)[pick]
+        except (NotImplementedError, ValueError, RuntimeError, AttributeError, TypeError) as e:  # what foreign attention code raises
+            raise InputError(f"model.path: {type(self.model).__name__} cannot run a packed forward: {str(e).splitlines()[0]}") from e
         finally:
             self.model.set_attn_implementation(NAME)
             self.model.train(training)
         spread = float(theirs.std())
         gap = float((mine - theirs).abs().max()) / max(spread, 1e-6)
-        if not gap < (0.25 if self.model.dtype == torch.bfloat16 else 1e-2):
+        if not gap < (0.25 if self.model.dtype == torch.bfloat16 else 1e-4):  # models that work are at 1e-6 in fp32
             raise InputError(
                 f"model.path: the packed forward of {type(self.model).__name__} differs from its own forward by {gap:.3g} standard deviations of the "
                 "logits; this architecture is not supported yet (soft-capped logits and hybrid attention are known cases)"
             )
 
 
+def quiet_transformers() -> None:
+    """Its loading bars would break our progress line."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def load_policy(cfg: Model, *, base: Path = Path("."), seed: int = 0, device: torch.device | str = "cpu") -> Policy:
     """The policy that `[model]` describes. Raises InputError naming model.path where nothing can be loaded from it."""
+    quiet_transformers()
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
     if cfg.path == "tiny":
         model, tokenizer = _tiny(cfg, seed)

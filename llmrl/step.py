@@ -119,7 +119,7 @@ def learn(session: Session, groups: Sequence[Group], samples: Sequence[Sample], 
                 metrics["trained"] = float(len(batch.ids_P))
                 if first:
                     _check_gap(session, metrics.get("gap_max", 0.0), step)
-                    gap_max = max(gap_max, metrics.get("gap_max", 0.0))
+                    gap_max = metrics.get("gap_max", 0.0)
                 first = False
                 sums.update({k: v for k, v in metrics.items() if k != "gap_max"})  # type: ignore[arg-type]
                 sums.update({f"loss/{k}": v for k, v in shares.items()})  # type: ignore[arg-type]
@@ -153,7 +153,7 @@ def _check_gap(session: Session, gap: float, step: int) -> None:
         return  # the engine then samples from a cut distribution: the gap is wanted, and rho corrects it
     default = 2.0 if session.policy.model.dtype == torch.bfloat16 else 1e-3
     limit = session.recipe.checks.max_logp_gap or default
-    if gap > limit:
+    if not gap <= limit:  # a NaN is an alarm too
         raise RunFailed(
             f"step {step}: learner and engine disagree by {gap:.4g} nats on a sampled token (limit {limit:g}, checks.max_logp_gap): the engine has "
             "other weights, another temperature, or tokens are trained under another context than they were sampled in"

@@ -52,6 +52,35 @@ def train(loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False
         session.close()
 
 
+def warm_start_only(loaded: LoadedRecipe, *, overwrite: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """`llmrl sft`: the recipe's [warm_start] and nothing else; the model goes to RUN_DIR/model."""
+    if loaded.recipe.warm_start is None:
+        raise InputError(f"{loaded.path}: no [warm_start] section; llmrl sft runs that section")
+    began = time.perf_counter()
+    session = open_session(loaded)
+    try:
+        folder = run_folder(loaded, resume=False, overwrite=overwrite) if session.rank == 0 else Path(loaded.recipe.run.dir)
+        session.accelerator.wait_for_everyone()
+        run = Run(session, folder, console or Console())
+        if run.main:
+            write_manifest(folder, session)
+        run.console.begin(session, folder, resumed_at=None)
+        before = run.evaluate(0)
+        run.warm_start()
+        after = run.evaluate(loaded.recipe.warm_start.steps)
+        summary = {
+            "accuracy_before": before.accuracy, "accuracy_after": after.accuracy, "steps": loaded.recipe.warm_start.steps,
+            "seconds": round(time.perf_counter() - began, 2), "tokens": 0, "run_dir": str(folder), "model": str(folder / "model"),
+        }  # fmt: skip
+        if run.main:
+            checkpoint.save_model(folder / "model", session.learner)
+            checkpoint.write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            run.console.end(summary, before.answers, after.answers)
+        return summary
+    finally:
+        session.close()
+
+
 class Run:
     """A session with a folder."""
 
@@ -77,13 +106,7 @@ class Run:
             return
         if self.log:
             self.log.truncate_after(-1)
-        if r.warm_start is not None:
-            with self.console.warm(r.warm_start.steps) as each:
-                supervise(
-                    self.s.learner, self.s.tables.warm, r.warm_start.optim, steps=r.warm_start.steps, examples=r.warm_start.examples,
-                    tokens=r.batch.tokens, seed=r.seed, each=each,
-                )  # fmt: skip
-        self.s.engine.load_weights(self.s.learner.version, self.s.learner.weights)
+        self.warm_start()
         self.s.learner.start(r.optim)
         if self.s.rule.needs.ref_logp:
             self.s.learner.freeze_reference()
@@ -91,6 +114,17 @@ class Run:
                 checkpoint.save_reference(self.folder / "reference.safetensors", self.s.learner)
         self.write(0, {**self.evaluate(0).row(), "policy_version": self.s.learner.version})
         self.save()
+
+    def warm_start(self) -> None:
+        """The supervised steps, where the recipe has them."""
+        r = self.s.recipe
+        if r.warm_start is not None:
+            with self.console.warm(r.warm_start.steps) as each:
+                supervise(
+                    self.s.learner, self.s.tables.warm, r.warm_start.optim, steps=r.warm_start.steps, examples=r.warm_start.examples,
+                    tokens=r.batch.tokens, seed=r.seed, each=each,
+                )  # fmt: skip
+        self.s.engine.load_weights(self.s.learner.version, self.s.learner.weights)
 
     def restore(self, latest: Path) -> None:
         """Back to exactly where `latest` was written; later rows and samples of a broken run are dropped."""

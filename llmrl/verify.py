@@ -28,7 +28,7 @@ from llmrl.records import InputError, Prompt, Verdict
 from llmrl.scoring import Scorer
 
 _BATCH_ROWS = 512
-_BATCH_CHARS = 4_000_000
+_BATCH_BYTES = 1_000_000  # of the file's text, other columns included: they travel too
 _IN_FLIGHT = 3  # batches: one being judged, one whose items fill up the workers at its end, one being read
 _NO_META = {"id", "prompt", "gold", "response", "label"}
 
@@ -194,10 +194,10 @@ def _graded(source: _Source, scorer: Scorer, pool: ThreadPoolExecutor) -> Iterat
 def _batches(source: _Source) -> Iterator[list[Case]]:
     batch: list[Case] = []
     size = 0
-    for case in source.cases():
+    for case, length in source.cases():
         batch.append(case)
-        size += len(case.response)
-        if len(batch) >= _BATCH_ROWS or size >= _BATCH_CHARS:
+        size += length
+        if len(batch) >= _BATCH_ROWS or size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
@@ -225,14 +225,15 @@ class _Source:
     def close(self) -> None:
         self._raw.close()
 
-    def cases(self) -> Iterator[Case]:
+    def cases(self) -> Iterator[tuple[Case, int]]:
+        """Each row and the length of its line in bytes."""
         number = -1
         line_number = 0
         try:
             for line_number, line in enumerate(self._lines, 1):
                 if line.strip():
                     number += 1
-                    yield _case(line, number, f"{self.path}, line {line_number}")
+                    yield _case(line, number, f"{self.path}, line {line_number}"), len(line)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{self.path}, after line {line_number}: the gzip stream is damaged ({error})") from error
 

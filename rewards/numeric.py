@@ -10,7 +10,7 @@ from llmrl.records import Prompt, Verdict, Verifier
 from llmrl.rewards.extract import boxed, phrased
 
 _MAX_DIGITS = 400  # of one number
-_INT = r"(?:\d{1,3}(?:(?:,|\{,\}|\\,|\\!,)\d{3})+(?!\d)|\d+)"
+_INT = r"(?:\d{1,3}(?:(?:,(?:\\!)?|\{,\}|\\,|\\!,)\d{3})+(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_INT}(?:\.\d+)?|\.\d+)"
 _NUMBER = re.compile(
     # a minus after a digit, letter or closing bracket is an operator: the 4 of "12-4" is positive

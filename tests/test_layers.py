@@ -14,7 +14,7 @@ CORE = REPO / "llmrl"
 PLUGINS = {"llmrl.records", "llmrl.plugins"}
 """What any layer may import: the contract, and the one way to reach a plug-in."""
 ALLOWED = {
-    "llmrl.rewards": {*PLUGINS, "llmrl.rewards"},
+    "llmrl.rewards": {*PLUGINS, "llmrl.rewards", "llmrl.scoring"},  # scoring: selfcheck proves a verifier in real worker processes
     "llmrl.evaluation": {*PLUGINS, "llmrl.evaluation", "llmrl.engine", "llmrl.rewards"},
     "llmrl.rules": {*PLUGINS, "llmrl.rules", "llmrl.credit", "llmrl.losses", "llmrl.segment", "llmrl.rollout"},
 }

@@ -34,9 +34,14 @@ def slow():
     return verify
 
 def wicked(*, marks: str):
-    def mark(name):
+    def mark(name, pid=None):
         with open(os.path.join(marks, name), "a") as f:
-            f.write(f"{os.getpid()}\n")
+            f.write(f"{pid or os.getpid()}\n")
+    def child():
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(1000)
+        mark("grandchild", pid)  # written here: the child may be killed before it could
     def recurse():
         return recurse()
     def verify(prompt, response):
@@ -46,14 +51,10 @@ def wicked(*, marks: str):
         if response == "C loop":  # holds the GIL: no thread of the worker can run
             re.match(r"(a+)+$", "a" * 64 + "b")
         if response == "forks and hangs":
-            if os.fork() == 0:
-                mark("grandchild")
-                time.sleep(1000)
+            child()
             time.sleep(1000)
         if response == "leaves a child and dies":
-            if os.fork() == 0:
-                mark("grandchild")
-                time.sleep(1000)
+            child()
             os._exit(4)
         if response == "child returns":
             os.fork()

@@ -107,7 +107,8 @@ def scoring_trainer(d: Data, logps: list[Tensor], **settings: Any) -> SimpleName
         "pad_to_multiple_of": None, "mask_truncated_completions": False, "num_generations": GROUP, "num_generations_eval": GROUP,
         "num_iterations": 1, "beta": 0.0, "use_vllm": False, "vllm_importance_sampling_correction": False, "scale_rewards": "group",
         "multi_objective_aggregation": "sum_then_normalize", "reward_weights": torch.ones(1, dtype=torch.float64),
-        "reward_func_names": ["r"], "reward_funcs": [None], "reward_clip_range": None, "normalize_advantages": False, "log_multimodal": False,
+        "reward_func_names": ["r"], "reward_funcs": [None], "reward_clip_range": None, "normalize_advantages": False,
+        "log_multimodal": False,
         "_metrics": defaultdict(lambda: defaultdict(list)), "_pending_extra_logs": {}, "_pending_metrics": {},
         "_logs": {"prompt": [], "completion": [], "rewards": lists, "advantages": [], "extra": lists, "images": []},
         "args": SimpleNamespace(

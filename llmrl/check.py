@@ -1,0 +1,150 @@
+"""`llmrl check RECIPE`: everything short of a training step, as a list of findings."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from llmrl import plugins
+from llmrl.batch import pack
+from llmrl.config import LoadedRecipe
+from llmrl.records import Prompt, Sample
+from llmrl.rollout import RolloutIO
+from llmrl.session import Session, open_session
+from llmrl.sft import demonstration
+
+GOLD_ROWS = 64
+"""Rows whose gold answer is fed to the verifier."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    ok: bool
+    detail: str
+
+
+def check_recipe(loaded: LoadedRecipe) -> Iterator[Finding]:
+    """Yields findings as they come; the last ones need the model. InputError where the recipe cannot even be opened."""
+    session = open_session(loaded)
+    try:
+        yield Finding("recipe, plug-ins, verifier process, model and its packed forward", True, f"{loaded.path}")
+        t = session.tables
+        yield Finding("data", True, f"{len(t.train)} training prompts, {len(t.held_out)} held out, {t.dropped} rows dropped; longest prompt {t.longest} tokens")
+        yield _prompt_as_trained(session)
+        yield _gold(session)
+        yield _arithmetic(session)
+        yield _memory(session)
+        if session.tables.warm:
+            yield _demonstration(session)
+        yield from _rollout(session)
+    finally:
+        session.close()
+
+
+def _prompt_as_trained(session: Session) -> Finding:
+    chat, prompt = session.policy.chat, session.tables.train[0]
+    ids = chat.prompt_ids(prompt.messages)
+    shown = chat.show(ids)
+    return Finding(
+        "one prompt, as the model sees it", True,
+        f"row {prompt.id}, {len(ids)} tokens, none of them trained; the completion begins right behind it:\n{shown}|<- trained from here\ngold: {prompt.answer}",
+    )  # fmt: skip
+
+
+def _gold(session: Session) -> Finding:
+    """Feeds gold answers to the verifier in the forms that verifiers ask for, one form for all rows; demands 1.0."""
+    forms = plugins.resolve("llmrl.rewards.selfcheck:gold_forms", home="llmrl.rewards", base=Path())
+    rows = list(islice((p for p in session.tables.train if p.answer is not None), GOLD_ROWS))
+    if not rows:
+        return Finding("gold answers score 1", False, "no row has an answer: a verifier that needs one cannot judge anything")
+    best: tuple[int, str, list[tuple[Prompt, str, str]]] = (-1, "", [])
+    names = list(forms(rows[0].answer, session.recipe.verifier.kwargs))
+    for name in [*names, "solution"]:
+        said = [p.meta.get("solution") if name == "solution" else forms(p.answer, session.recipe.verifier.kwargs).get(name) for p in rows]
+        if not all(isinstance(s, str) for s in said):
+            continue
+        verdicts = session.scorer.score([(p, str(s)) for p, s in zip(rows, said, strict=True)])
+        wrong = [(p, str(s), f"{v.score} ({v.status}{': ' + v.detail if v.detail else ''})") for p, s, v in zip(rows, said, verdicts, strict=True) if v.score != 1.0]
+        if len(rows) - len(wrong) > best[0]:
+            best = (len(rows) - len(wrong), name, wrong)
+    right, name, wrong = best
+    detail = f"{right} of {len(rows)} rows, gold given in the form '{name}'"
+    if wrong:
+        p, said, verdict = wrong[0]
+        detail += f"; row {p.id}: gold {p.answer!r}, given as {said!r}, scores {verdict}"
+    return Finding("gold answers score 1", not wrong, detail)
+
+
+def _arithmetic(session: Session) -> Finding:
+    r = session.recipe
+    samples = r.rollout.prompts * r.rollout.group
+    updates = r.batch.minibatches * r.batch.epochs
+    longest = session.tables.longest + r.rollout.max_new_tokens
+    ok = r.batch.tokens >= longest
+    detail = (
+        f"{r.rollout.prompts} prompts x {r.rollout.group} samples = {samples} completions a step, {updates} update{'s' if updates > 1 else ''}; at most "
+        f"{samples * r.rollout.max_new_tokens:,} tokens a step; {r.steps} steps see {r.steps * r.rollout.prompts / len(session.tables.train):.2f} epochs"
+    )
+    if not ok:
+        detail += f"; batch.tokens = {r.batch.tokens} is less than the longest sequence ({longest}): such a sample gets a micro-batch of its own, above the budget"
+    return Finding("group arithmetic", ok, detail)
+
+
+def _memory(session: Session) -> Finding:
+    """Weights, optimizer and cache are exact; activations are an estimate without gradient checkpointing (18 hidden sizes a layer and token)."""
+    r, model = session.recipe, session.policy.model
+    config = model.config.get_text_config()
+    n, size = sum(p.numel() for p in model.parameters()), model.dtype.itemsize
+    copies = 2 if session.rule.needs.ref_logp else 1
+    fixed = n * (size * copies + (4 if session.learner.split else 0) + 4 + 8)
+    layers = 2 if r.model.gradient_checkpointing else config.num_hidden_layers
+    activations = r.batch.tokens * layers * (18 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)) * size
+    head = min(r.model.head_chunk, r.batch.tokens) * config.vocab_size * 4 * 3
+    gb = [x / 1e9 for x in (fixed, activations, head)]
+    there = (torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else _ram()) / 1e9
+    return Finding(
+        "memory estimate", sum(gb) < there,
+        f"{n / 1e6:.1f}M parameters: weights, gradients, optimizer {gb[0]:.2f} GB + activations about {gb[1]:.2f} GB + head chunk {gb[2]:.2f} GB "
+        f"(+ key-value cache of the engine) of {there:.0f} GB",
+    )  # fmt: skip
+
+
+def _ram() -> float:
+    import os
+
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _demonstration(session: Session) -> Finding:
+    s = demonstration(session.tables.warm[0], session.learner)
+    chat = session.policy.chat
+    return Finding("one demonstration of the warm start", True, f"{chat.show(s.context_ids)}|{chat.show(s.token_ids)}  ({len(s.token_ids)} trained tokens)")
+
+
+def _rollout(session: Session) -> Iterator[Finding]:
+    """Two groups through collect, verifier and credit, and the learner's log-probs against the engine's."""
+    r = session.recipe
+    io = RolloutIO(
+        session.engine, session.scorer, session.policy.chat, session.memory, session.sampling, r.rollout.group, (r.seed, 0), more_prompts=session.stream.take
+    )
+    groups = asyncio.run(session.rule.collect(session.stream.take(2), io))  # type: ignore[arg-type]
+    samples: list[Sample] = [s for g in groups for s in g.samples]
+    unjudged = sum(s.reward is None for s in samples)
+    rewards = [s.reward for s in samples if s.reward is not None]
+    told = "; ".join(f"{s.text.strip()[:60]!r} -> {s.reward}" for s in samples[:3])
+    yield Finding("a rollout", unjudged == 0, f"{len(samples)} samples of {len(groups)} prompts, mean reward {sum(rewards) / max(1, len(rewards)):.2f}, {unjudged} unjudged: {told}")
+    gap = 0.0
+    with torch.no_grad():
+        for batch in pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=r.batch.tokens):
+            batch = batch.to(session.policy.device)
+            out = session.learner.forward(batch, session.rule.needs)
+            gap = max(gap, float((out.logp_T - batch.behavior_logp_T).abs().nan_to_num(0.0).max()))
+    cut = session.sampling.top_p < 1 or session.sampling.top_k or session.sampling.min_p
+    limit = r.checks.max_logp_gap or (2.0 if session.policy.model.dtype == torch.bfloat16 else 1e-3)
+    yield Finding("learner and engine agree", bool(cut) or gap <= limit, f"max |logp - behavior_logp| = {gap:.3g} nats (limit {limit:g}{', not applied to cut sampling' if cut else ''})")

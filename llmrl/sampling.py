@@ -1,0 +1,113 @@
+"""What `llmrl sample` and `llmrl score` do: traces from a model, scores from traces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llmrl import plugins
+from llmrl.records import InputError, Prompt, Sampling
+
+EVALUATORS = "llmrl.evaluation"
+
+
+def model_folder(model: str) -> str:
+    """A run directory stands for its last checkpoint's model; everything else for itself."""
+    from llmrl.checkpoint import checkpoints
+
+    folder = Path(model)
+    if (folder / "manifest.json").is_file():
+        found = checkpoints(folder / "checkpoints")
+        if found:
+            return str(found[-1] / "model")
+        if (folder / "model").is_dir():
+            return str(folder / "model")
+        raise InputError(f"{folder} is a run directory without a checkpoint")
+    return model
+
+
+def sample_file(
+    model: str, data: str, out: Path, *, n: int, temperature: float, top_p: float, max_new_tokens: int, stop: tuple[str, ...], limit: int | None,
+    template: str | None, system: str | None, answer_after: str | None, args: dict[str, Any], split: str | None, verifier: str | None,
+    verifier_args: dict[str, Any], dtype: str, seed: int, resume: bool, quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Reads prompts, checks them, builds the verifier, only then loads the model; shows a progress bar with the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from llmrl.data import read_prompts
+    from llmrl.recipe import Model
+    from llmrl.scoring import Scorer
+
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype {dtype}: expected float32 or bfloat16")
+    where = model_folder(model)
+    prompts = read_prompts(
+        data, base=Path.cwd(), split=split, args=args, template=template, system=system, answer_after=answer_after, limit=limit,
+        need_answer=verifier is not None,
+    ).prompts  # fmt: skip
+    run = plugins.resolve("sample_traces", home=EVALUATORS, base=Path())
+    scorer = Scorer(verifier, verifier_args, Path.cwd()) if verifier is not None else None
+    try:
+        import torch
+
+        from llmrl.hf_engine import HFEngine
+        from llmrl.models import load_policy
+
+        policy = load_policy(Model(path=where, dtype=dtype), base=Path.cwd(), device="cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+        engine = HFEngine(policy)
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop)
+        columns = (TextColumn("sampling"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("traces"), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+            task = bar.add_task("", total=len(prompts) * n)
+            new = run(
+                engine, lambda p: policy.chat.prompt_ids(p.messages), prompts, out, n=n, sampling=sampling, seed=seed, model=model,
+                score=scorer.score if scorer else None, resume=resume, each=lambda done: bar.update(task, completed=done),
+            )  # fmt: skip
+    finally:
+        if scorer:
+            scorer.close()
+    return {"out": str(out), "new": new, "traces": len(prompts) * n, "prompts": len(prompts), "model": where}
+
+
+def score_files(
+    files: Sequence[Path], use: str, *, ks: list[int] | None, resamples: int, seed: int, verifier: str | None, verifier_args: dict[str, Any]
+) -> dict[Path, Any]:
+    """One result a file, by the evaluator `use`. Traces without a score are graded by `verifier`; without one they are refused."""
+    evaluator = plugins.resolve(use, home=EVALUATORS, base=Path.cwd())
+    read = plugins.resolve("read_traces", home=EVALUATORS, base=Path())
+    results: dict[Path, Any] = {}
+    for file in files:
+        traces = _graded(read(file), file, verifier, verifier_args)
+        results[file] = evaluator(traces, ks=ks, resamples=resamples, seed=seed)
+    return results
+
+
+def _graded(traces: Iterator[Any], file: Path, verifier: str | None, verifier_args: dict[str, Any]) -> Iterator[Any]:
+    if verifier is None:
+        for t in traces:
+            if t.status is None and t.score is None:
+                raise InputError(f"{file}: trace {t.id} carries no verdict; name a verifier to grade it with, e.g. --verifier math_answer")
+            yield t
+        return
+    from llmrl.scoring import Scorer
+
+    with Scorer(verifier, verifier_args, Path.cwd()) as scorer:
+        waiting: list[Any] = []
+
+        def grade() -> Iterator[Any]:
+            todo = [t for t in waiting if t.status is None and t.score is None]
+            items = [(Prompt(t.prompt_id, tuple(t.messages or ({"role": "user", "content": t.prompt or ""},)), t.gold), t.response) for t in todo]
+            verdicts = {t.id: v for t, v in zip(todo, scorer.score(items), strict=True)}
+            for t in waiting:
+                v = verdicts.get(t.id)
+                yield t if v is None else replace(t, score=v.score, status=v.status, answer=v.answer)
+            waiting.clear()
+
+        for t in traces:
+            waiting.append(t)
+            if len(waiting) == 1000:
+                yield from grade()
+        yield from grade()
