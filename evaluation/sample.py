@@ -35,7 +35,7 @@ def sample_traces(
                     Trace(
                         id=f"{p.id}/{i}", prompt_id=p.id, prompt=p.text, messages=list(p.messages), gold=p.answer, response=c.text,
                         token_ids=c.token_ids, logprobs=c.logprobs, finish=c.finish, model=model, sample=i, **judged,
-                    )  # fmt: skip
+                    )
                 )
             each(len(writer.ids))
     return len(todo)

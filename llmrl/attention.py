@@ -34,18 +34,19 @@ class PackPlan:
     """
 
     def __init__(self, index_RL: Tensor, pick_P: Tensor, kernel: Kernel = "sdpa"):
-        self.index_RL, self.pick_P, self.kernel = index_RL, pick_P, kernel
+        self.index_RL, self.pick_P = index_RL, pick_P
+        self.kernel: Kernel = kernel
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """q [1, H, P, D], k and v [1, H_kv, P, D] -> [1, P, H, D]."""
         R, L = self.index_RL.shape
         flat = self.index_RL.reshape(-1)
-        rows = [x[0].transpose(0, 1).index_select(0, flat).view(R, L, x.shape[1], -1).transpose(1, 2) for x in (q, k, v)]
+        q_r, k_r, v_r = (x[0].transpose(0, 1).index_select(0, flat).view(R, L, x.shape[1], -1).transpose(1, 2) for x in (q, k, v))
         how: dict[str, Any] = {"is_causal": True}
         if window is not None and window < L:
             place = torch.arange(L, device=q.device)
             how = {"attn_mask": (place[:, None] >= place) & (place[:, None] - place < window)}
-        out = _attend(*rows, scale, self.kernel, enable_gqa=q.shape[1] != k.shape[1], **how)  # [R, H, L, D]
+        out = _attend(q_r, k_r, v_r, scale, self.kernel, enable_gqa=q.shape[1] != k.shape[1], **how)  # [R, H, L, D]
         return out.transpose(1, 2).reshape(R * L, q.shape[1], -1).index_select(0, self.pick_P)[None]
 
 
@@ -69,7 +70,8 @@ class DecodePlan:
     """
 
     def __init__(self, cache: list[tuple[Tensor, Tensor]], position_n: Tensor, kernel: Kernel = "sdpa"):
-        self.cache, self.position_n, self.kernel = cache, position_n, kernel
+        self.cache, self.position_n = cache, position_n
+        self.kernel: Kernel = kernel
         self.rows_n = torch.arange(len(position_n), device=position_n.device)
         self.length = int(position_n.max()) + 1
         place = torch.arange(self.length, device=position_n.device)

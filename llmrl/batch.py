@@ -169,7 +169,9 @@ def _lay_out(samples: Sequence[Sample], adv: Sequence[Tensor], group_of: Sequenc
     )
 
 
-def global_denominators(samples: Sequence[Sample], terms: Sequence[Term], *, max_new_tokens: int, all_sum: Callable[[Tensor], Tensor] = lambda x: x) -> list[float]:
+def global_denominators(
+    samples: Sequence[Sample], terms: Sequence[Term], *, max_new_tokens: int, all_sum: Callable[[Tensor], Tensor] = lambda x: x
+) -> list[float]:
     """The denominator of each term over all samples of an update, all ranks: sums of weights, known before any forward.
 
     A denominator of 0 (nothing feeds the term) becomes 1, so that the term is 0 and not NaN.

@@ -17,6 +17,7 @@ from llmrl.records import Prompt, Sample
 from llmrl.rollout import RolloutIO
 from llmrl.session import Session, open_session
 from llmrl.sft import demonstration
+from llmrl.step import gap_limit
 
 GOLD_ROWS = 64
 """Rows whose gold answer is fed to the verifier."""
@@ -53,7 +54,8 @@ def _prompt_as_trained(session: Session) -> Finding:
     shown = chat.show(ids)
     return Finding(
         "one prompt, as the model sees it", True,
-        f"row {prompt.id}, {len(ids)} tokens, none of them trained; the completion begins right behind it:\n{shown}|<- trained from here\ngold: {prompt.answer}",
+        f"row {prompt.id}, {len(ids)} tokens, none of them trained; the completion begins right behind it:\n"
+        f"{shown}|<- trained from here\ngold: {prompt.answer}",
     )  # fmt: skip
 
 
@@ -70,7 +72,8 @@ def _gold(session: Session) -> Finding:
         if not all(isinstance(s, str) for s in said):
             continue
         verdicts = session.scorer.score([(p, str(s)) for p, s in zip(rows, said, strict=True)])
-        wrong = [(p, str(s), f"{v.score} ({v.status}{': ' + v.detail if v.detail else ''})") for p, s, v in zip(rows, said, verdicts, strict=True) if v.score != 1.0]
+        graded = zip(rows, said, verdicts, strict=True)
+        wrong = [(p, str(s), f"{v.score} ({v.status}{': ' + v.detail if v.detail else ''})") for p, s, v in graded if v.score != 1.0]
         if len(rows) - len(wrong) > best[0]:
             best = (len(rows) - len(wrong), name, wrong)
     right, name, wrong = best
@@ -92,7 +95,7 @@ def _arithmetic(session: Session) -> Finding:
         f"{samples * r.rollout.max_new_tokens:,} tokens a step; {r.steps} steps see {r.steps * r.rollout.prompts / len(session.tables.train):.2f} epochs"
     )
     if not ok:
-        detail += f"; batch.tokens = {r.batch.tokens} is less than the longest sequence ({longest}): such a sample gets a micro-batch of its own, above the budget"
+        detail += f"; batch.tokens = {r.batch.tokens} is less than the longest sequence ({longest}): such a sample gets a micro-batch above the budget"
     return Finding("group arithmetic", ok, detail)
 
 
@@ -138,13 +141,14 @@ def _rollout(session: Session) -> Iterator[Finding]:
     unjudged = sum(s.reward is None for s in samples)
     rewards = [s.reward for s in samples if s.reward is not None]
     told = "; ".join(f"{s.text.strip()[:60]!r} -> {s.reward}" for s in samples[:3])
-    yield Finding("a rollout", unjudged == 0, f"{len(samples)} samples of {len(groups)} prompts, mean reward {sum(rewards) / max(1, len(rewards)):.2f}, {unjudged} unjudged: {told}")
+    mean = sum(rewards) / max(1, len(rewards))
+    yield Finding("a rollout", unjudged == 0, f"{len(samples)} samples of {len(groups)} prompts, mean reward {mean:.2f}, {unjudged} unjudged: {told}")
     gap = 0.0
     with torch.no_grad():
         for batch in pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=r.batch.tokens):
             batch = batch.to(session.policy.device)
             out = session.learner.forward(batch, session.rule.needs)
             gap = max(gap, float((out.logp_T - batch.behavior_logp_T).abs().nan_to_num(0.0).max()))
-    cut = session.sampling.top_p < 1 or session.sampling.top_k or session.sampling.min_p
-    limit = r.checks.max_logp_gap or (2.0 if session.policy.model.dtype == torch.bfloat16 else 1e-3)
-    yield Finding("learner and engine agree", bool(cut) or gap <= limit, f"max |logp - behavior_logp| = {gap:.3g} nats (limit {limit:g}{', not applied to cut sampling' if cut else ''})")
+    limit = gap_limit(session)
+    told = "not applied: top-p, top-k or min-p cut the distribution" if limit is None else f"limit {limit:g}"
+    yield Finding("learner and engine agree", limit is None or gap <= limit, f"max |logp - behavior_logp| = {gap:.3g} nats ({told})")

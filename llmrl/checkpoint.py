@@ -126,7 +126,7 @@ def prune(folder: Path, *, keep: int, best: list[int]) -> None:
 
 def _random_state() -> dict[str, Any]:
     """The global generators. Rollouts and data do not use them (their streams are keyed), dropout and plug-ins may."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - the global one is what is saved here
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(), "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)],
@@ -141,7 +141,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, numpy_keys, position, has_gauss, normal = state["numpy"]
-    np.random.set_state((kind, numpy_keys.numpy().astype(np.uint32), position, has_gauss, normal))  # noqa: NPY002
+    np.random.set_state((kind, numpy_keys.numpy().astype(np.uint32), position, has_gauss, normal))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 

@@ -117,7 +117,7 @@ def verify(
     keys: Keys = None,
     use: Annotated[str, typer.Option("--use", help="The verifier: math_answer, numeric, exact, ./mine.py:f, trl:./mine.py:f, ...")] = "math_answer",
     out: Annotated[Path | None, typer.Option("--out", help="Write {id, score, status, answer} rows here")] = None,
-    disagreements: Annotated[Path | None, typer.Option(help="Where to write rows whose label the verifier contradicts; default CASES.disagreements.jsonl")] = None,
+    disagreements: Annotated[Path | None, typer.Option(help="Rows whose label the verifier contradicts; default CASES.disagreements.jsonl")] = None,
     workers: Annotated[int, typer.Option(min=1)] = 2,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds a verdict may take")] = 10.0,
     json_: Json = False,

@@ -50,7 +50,10 @@ def _scaled(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
 
 class _HeadLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float, banned: tuple[int, ...], chunk: int, entropy: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+        temperature: float, banned: tuple[int, ...], chunk: int, entropy: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out = torch.float64 if weight.dtype == torch.float64 else torch.float32
         lse = torch.empty(len(target), dtype=out, device=hidden.device)
         logp, ent = torch.empty_like(lse), torch.zeros_like(lse)

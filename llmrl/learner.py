@@ -145,7 +145,8 @@ class Learner:
     def _publish(self) -> None:
         """Working weights take over the masters'."""
         if self.split:
-            torch._foreach_copy_([p for _, p in self.params], list(self.masters))
+            for (_, p), master in zip(self.params, self.masters, strict=True):
+                p.copy_(master)
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """(name, tensor) of the working weights, for engines that do not share memory with the learner."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -14,8 +15,8 @@ class Memory:
         self._store: dict[str, dict[str, list[Any]]] = {}
 
     def recall(self, name: str, prompt_id: str) -> list[Any]:
-        """The entries, oldest first; empty where there are none."""
-        return list(self._store.get(name, {}).get(prompt_id, []))
+        """The entries, oldest first; empty where there are none. Copies: changing them changes nothing here."""
+        return copy.deepcopy(self._store.get(name, {}).get(prompt_id, []))
 
     def remember(self, name: str, prompt_id: str, entry: Any) -> None:
         """Adds an entry; the oldest one leaves when there are more than `cap`. TypeError if it is not JSON-able."""
@@ -28,4 +29,4 @@ class Memory:
         return {"cap": self.cap, "store": self._store}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.cap, self._store = state["cap"], state["store"]
+        self.cap, self._store = state["cap"], copy.deepcopy(state["store"])

@@ -53,8 +53,8 @@ class RolloutIO:
             return await asyncio.to_thread(self.verifier.score, list(items))
 
     def rng(self, *key: int | str) -> np.random.Generator:
-        """A generator for a rule's own draws, named by key."""
-        return philox((*self.seed, *key))
+        """A generator for a rule's own draws, named by key; never the stream of a completion, whatever the key."""
+        return philox(("rng", *self.seed, *key))
 
 
 def philox(key: tuple[int | str, ...]) -> np.random.Generator:

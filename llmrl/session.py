@@ -16,8 +16,8 @@ from llmrl.data import PromptStream, read_prompts, split_holdout
 from llmrl.learner import Learner
 from llmrl.memory import Memory
 from llmrl.models import Policy, load_policy, load_tokenizer
-from llmrl.records import InputError, Prompt, Sampling
 from llmrl.recipe import Data, Recipe
+from llmrl.records import InputError, Prompt, Sampling
 from llmrl.rules.base import Rule
 from llmrl.scoring import Scorer
 
@@ -106,9 +106,9 @@ def read_tables(loaded: LoadedRecipe, chat: Chat) -> Tables:
 
     def read(data: Data, *, solution: bool = False) -> tuple[list[Prompt], int]:
         table = read_prompts(
-            data.path, base=loaded.base, split=data.split, args=data.args, columns=dict(data.columns), template=data.template, system=data.system,
-            answer_after=data.answer_after, limit=data.limit, on_bad=data.on_bad, need_solution=solution, tokens_of=tokens_of,
-            max_prompt_tokens=data.max_prompt_tokens,
+            data.path, base=loaded.base, split=data.split, args=data.args, columns={str(k): v for k, v in data.columns.items()},
+            template=data.template, system=data.system, answer_after=data.answer_after, limit=data.limit, on_bad=data.on_bad,
+            need_solution=solution, tokens_of=tokens_of, max_prompt_tokens=data.max_prompt_tokens,
         )  # fmt: skip
         for prompt in table.prompts:
             tokens_of(prompt)

@@ -10,8 +10,8 @@ from llmrl.batch import evaluate_terms, global_denominators, pack
 from llmrl.data import PromptStream
 from llmrl.learner import Learner, learning_rate
 from llmrl.losses import ce
-from llmrl.records import Prompt, Sample
 from llmrl.recipe import Optim
+from llmrl.records import Prompt, Sample
 from llmrl.rules.base import Needs, Term
 
 TERMS = (Term(ce(), weight="sft", name="sft"),)

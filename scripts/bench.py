@@ -3,7 +3,7 @@
 Rounds alternate (TRL, llmrl, TRL, llmrl, ...); each side runs in a process of its own with the same number of threads. Completion k of
 prompt p has `length_of(p, k)` tokens on both sides: TRL by a logits processor that bans the end token until then and forces it there,
 llmrl by a length limit of its own for each request. The reward is a hash of (p, k), so every group has a spread. Token counts, rewards
-and advantages of the two sides are compared, and a difference is an error. Side of TRL and precision of both heads: bench_trl.py.
+and advantages of the two sides are compared, and a difference is an error. The model, TRL's side and the precision of both heads: bench_trl.py.
 """
 
 from __future__ import annotations
@@ -83,36 +83,6 @@ def judge() -> Verifier:
     return verify
 
 
-# ---------------------------------------------------------------- the model
-
-
-def build_model(shape: Shape, folder: Path) -> Path:
-    """A transformers folder that both sides load."""
-    from llmrl.models import _converted, find_smollm2
-
-    if shape.name == "smollm2":
-        return _converted(find_smollm2())
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    corpus = [f"{shape.question(p)} The answer is {p}." for p in range(2000)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=512, special_tokens=["<pad>", "<bos>", "<eos>"], initial_alphabet=alphabet))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=684, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=1024, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 # ---------------------------------------------------------------- llmrl's side
 
 
@@ -186,7 +156,9 @@ def run_llmrl(shape: Shape, steps: int, model: str, work: Path) -> dict[str, Any
 
     def pack(*args: Any, **how: Any) -> Any:
         batches = packed(*args, **how)
-        laid_out.extend((b.index_RL.numel(), int((b.index_RL[:, 1:] != b.index_RL[:, :-1]).sum()) + len(b.index_RL), len(b.ids_P)) for b in batches)
+        for b in batches:  # a short row repeats its last index up to the batch's row length
+            filled = len(b.index_RL) + int((b.index_RL[:, 1:] != b.index_RL[:, :-1]).sum())
+            laid_out.append((b.index_RL.numel(), filled, len(b.ids_P)))
         return batches
 
     step_module.pack = pack
@@ -194,17 +166,17 @@ def run_llmrl(shape: Shape, steps: int, model: str, work: Path) -> dict[str, Any
     try:
         for step in range(1, steps + 1):
             laid_out.clear()
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             groups, adv, row = step_module.run_step(session, step)
-            step_s = time.perf_counter() - began
+            step_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu
             lengths = [len(s.token_ids) for g in groups for s in g.samples]
             places, filled, inputs = (sum(x) for x in zip(*laid_out, strict=True))
             part = {name: row[f"time/{name}_s"] for name in ("generate", "score", "update")}
             rows.append({
-                "step_s": step_s, **{f"{k}_s": v for k, v in part.items()}, "rest_s": step_s - sum(part.values()),
-                "lengths": lengths, "prompt_tokens": sum(len(g.samples[0].context_ids) for g in groups), "positions": inputs, "padding": 0.0,
-                "attention_padding": 1 - filled / places, "attention_places": places, "decode_slots": sum(lengths),
-                "rewards": [s.reward for g in groups for s in g.samples], "advantages": [float(a[0]) for a in adv], "micro_batches": len(laid_out),
+                "step_s": step_s, "cpu_s": cpu_s, **{f"{k}_s": v for k, v in part.items()}, "rest_s": step_s - sum(part.values()),
+                "lengths": lengths, "prompt_tokens": sum(len(g.samples[0].context_ids) for g in groups), "decode_slots": sum(lengths),
+                "positions": inputs, "padding": 0.0, "attention_padding": 1 - filled / places, "micro_batches": len(laid_out),
+                "rewards": [s.reward for g in groups for s in g.samples], "advantages": [float(a[0]) for a in adv],
                 "logp_gap_max": row["logp_gap/max_nats"],
             })  # fmt: skip
         workers = sum(_high_water(w.process.pid) for w in session.scorer.scorer._workers)
@@ -234,10 +206,11 @@ def run_side(side: str, shape: Shape, steps: int, model: str, threads: int, log:
     """One side in a process of its own; its output goes to `log`."""
     with tempfile.TemporaryDirectory(prefix="llmrl-bench-") as work:
         result = Path(work) / "result.json"
-        task = {"side": side, "shape": asdict(shape), "steps": steps, "model": model, "threads": threads, "work": work, "result": str(result)}
+        task = {"side": side, "shape": asdict(shape), "steps": steps, "model": str(model), "threads": threads, "work": work}
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         env |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-        script = HERE if side in ("llmrl", "model") else HERE.with_name("bench_trl.py")
+        task["result"] = str(result)
+        script = HERE if side == "llmrl" else HERE.with_name("bench_trl.py")
         with log.open("a") as out:
             done = subprocess.run([sys.executable, str(script), "--task", json.dumps(task)], stdout=out, stderr=out, env=env, check=False)
         if done.returncode or not result.is_file():
@@ -283,14 +256,15 @@ def compare(shape: Shape, steps: int, rounds: int, threads: int, log: Path) -> d
                 print(f"{shape.name} round {n + 1}: {side:5} s/step {seconds[1:]} (warm-up {seconds[0]})", file=sys.stderr, flush=True)
             check_same(shape, found["trl"][-1], found["llmrl"][-1])
         exact = run_side("exact", shape, 1, model, threads, log)
-    return {"shape": asdict(shape), "rounds": found, "exact": exact, "summary": {k: summary(v) for k, v in found.items()}, "ratios": ratios(found)}
+    summaries = {k: summary(v) for k, v in found.items()}
+    return {"shape": asdict(shape), "rounds": found, "exact": exact, "summary": summaries, "ratios": ratios(found)}
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, float]:
     """Medians over the measured steps of all rounds; counts and shares are of the same steps, meaned; peak memory is the largest."""
     steps = [s for r in rounds for s in r["steps"][1:]]
     out = {k: statistics.median(s[k] for s in steps) for k in ("step_s", "generate_s", "score_s", "update_s", "rest_s")}
-    out |= {k: statistics.fmean(s[k] for s in steps) for k in ("positions", "padding", "attention_padding", "prompt_tokens", "micro_batches")}
+    out |= {k: statistics.fmean(s[k] for s in steps) for k in ("positions", "padding", "attention_padding", "micro_batches")}
     out["generated"] = statistics.fmean(sum(s["lengths"]) for s in steps)
     out["generated_per_s"] = statistics.median(sum(s["lengths"]) / s["generate_s"] for s in steps)
     out["idle_slots"] = 1 - sum(sum(s["lengths"]) for s in steps) / sum(s["decode_slots"] for s in steps)
@@ -310,6 +284,8 @@ def table(result: dict[str, Any]) -> str:
     """Markdown."""
     s, t, o, e = result["shape"], result["summary"]["trl"], result["summary"]["llmrl"], result["exact"]
 
+    fewer = t["positions"] / o["positions"]
+
     def times(key: str) -> str:
         r = sorted(result["ratios"][key])
         return f"**{statistics.median(r):.2f}** ({r[0]:.2f}-{r[-1]:.2f})"
@@ -325,7 +301,7 @@ def table(result: dict[str, Any]) -> str:
         ("- rest", f"{t['rest_s']:.2f}", f"{o['rest_s']:.2f}", ""),
         ("tokens generated a second", f"{t['generated_per_s']:.0f}", f"{o['generated_per_s']:.0f}", ""),
         ("decoding slots without a token", f"{t['idle_slots']:.1%}", f"{o['idle_slots']:.1%}", ""),
-        ("positions through the training forward", f"{t['positions']:.0f}", f"{o['positions']:.0f}", f"{t['positions'] / o['positions']:.2f}"),
+        ("positions through the training forward", f"{t['positions']:.0f}", f"{o['positions']:.0f}", f"{fewer:.2f}"),
         ("padding, of these", f"{t['padding']:.1%}", f"{o['padding']:.1%}", ""),
         ("padding inside attention rows", f"{t['attention_padding']:.1%}", f"{o['attention_padding']:.1%}", ""),
         ("peak memory (ru_maxrss), GB", f"{t['peak_gb']:.2f}", f"{o['peak_gb']:.2f} + {o['workers_gb']:.2f} verifiers", ""),
@@ -354,7 +330,7 @@ def main() -> None:
     p.add_argument("--task", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.task:
-        return run_task(a.task, {"llmrl": run_llmrl, "model": lambda shape, _, folder, __: {"folder": str(build_model(shape, Path(folder)))}})
+        return run_task(a.task, {"llmrl": run_llmrl})
     if a.quick:
         a.shape, a.steps, a.rounds = "tiny", 2, 1
     a.out.parent.mkdir(parents=True, exist_ok=True)
@@ -364,7 +340,9 @@ def main() -> None:
     for name in SHAPES if a.shape == "all" else [a.shape]:
         changes = {k: v for k, v in (("micro", a.micro), ("tokens", a.tokens), ("even", a.even)) if v}
         results.append(compare(replace(SHAPES[name], **changes), a.steps, a.rounds, a.threads, log))
-    where = {"machine": f"{platform.machine()}, {a.threads} threads", "date": time.strftime("%Y-%m-%d"), **results[0]["exact"]["versions"]}
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    where = {"machine": f"{platform.machine()}, {a.threads} threads", "load average at the end": load, "date": time.strftime("%Y-%m-%d")}
+    where |= results[0]["exact"]["versions"]
     a.out.write_text(json.dumps({"where": where, "rounds": a.rounds, "steps": a.steps, "results": results}))
     text = "\n".join(table(r) for r in results) + "\n" + ", ".join(f"{k} {v}" for k, v in where.items())
     text += f"; {a.rounds} rounds of {a.steps} measured steps.\n"

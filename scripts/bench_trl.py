@@ -1,4 +1,4 @@
-"""TRL's side of bench.py, and how exact the vocabulary heads of both sides are. Run by bench.py in a process of its own."""
+"""For bench.py: the model of both sides, TRL's side, and how exact the vocabulary heads of both sides are. Runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,33 @@ from typing import Any
 
 import torch
 from bench import CLIP_NORM, LR, Shape, peak_gb, reward_of, run_task
+
+
+def build_model(shape: Shape, steps: int, folder: str, work: Path) -> dict[str, Any]:
+    """A transformers folder that both sides load: made in `folder`, or the converted SmolLM2 in the user's cache."""
+    from llmrl.models import _converted, find_smollm2
+
+    if shape.name == "smollm2":
+        return {"folder": str(_converted(find_smollm2()))}
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    corpus = [f"{shape.question(p)} The answer is {p}." for p in range(2000)]
+    special, letters = ["<pad>", "<bos>", "<eos>"], pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=letters))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=684, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"folder": folder}
 
 
 class ForcedLengths:
@@ -35,8 +62,10 @@ class Watch:
         self.row: dict[str, Any] = {}
         self.rows: list[dict[str, Any]] = []
         self.lengths: list[int] = []
+        self.rewards: list[float] = []
         self.time("_generate_single_turn", "generate")
         self.time("_calculate_rewards", "score")
+        self.wrap_rewards()
         self.wrap_prepare()
         self.wrap_forward()
         generate = trainer.model.generate
@@ -58,6 +87,16 @@ class Watch:
 
         setattr(self.trainer, method, timed)
 
+    def wrap_rewards(self) -> None:
+        plain = self.trainer._calculate_rewards
+
+        def rewards(*args: Any, **kwargs: Any) -> Any:
+            out = plain(*args, **kwargs)
+            self.rewards = out[:, 0].tolist()
+            return out
+
+        self.trainer._calculate_rewards = rewards
+
     def wrap_prepare(self) -> None:
         self.time("_generate_and_score_completions", "prepare")
         plain = self.trainer._generate_and_score_completions
@@ -67,10 +106,8 @@ class Watch:
             self.lengths = [self.shape.length_of(x["row"], i % group) for i, x in enumerate(inputs)]
             out = plain(inputs)
             got = out["completion_mask"].sum(1).tolist()
-            self.row |= {
-                "lengths": got, "decode_slots": len(got) * max(got), "advantages": out["advantages"].tolist(),
-                "rewards": [reward_of(x["row"], i % group) for i, x in enumerate(inputs)], "prompt_tokens": int(out["prompt_mask"][::group].sum()),
-            }  # fmt: skip
+            self.row |= {"lengths": got, "decode_slots": len(got) * max(got), "prompt_tokens": int(out["prompt_mask"][::group].sum())}
+            self.row |= {"advantages": out["advantages"].tolist(), "rewards": self.rewards}
             return out
 
         self.trainer._generate_and_score_completions = prepare
@@ -84,12 +121,12 @@ class Watch:
 
         self.trainer._get_per_token_logps_and_entropies = forward
 
-    def end_step(self, step_s: float) -> None:
+    def end_step(self, step_s: float, cpu_s: float) -> None:
         s, row = self.seconds, self.row
         forwards = row.pop("forwards")
         places, real = sum(n for n, _ in forwards), sum(n for _, n in forwards)
         self.rows.append(row | {
-            "step_s": step_s, "generate_s": s["generate"], "score_s": s["score"], "rest_s": s["prepare"] - s["generate"] - s["score"],
+            "step_s": step_s, "cpu_s": cpu_s, "generate_s": s["generate"], "score_s": s["score"], "rest_s": s["prepare"] - s["generate"] - s["score"],
             "update_s": step_s - s["prepare"], "positions": places, "padding": 1 - real / places, "attention_padding": 1 - real / places,
             "micro_batches": len(forwards),
         })  # fmt: skip
@@ -108,11 +145,11 @@ def run_trl(shape: Shape, steps: int, model_folder: str, work: Path) -> dict[str
         return [reward_of(p, i % shape.group) for i, p in enumerate(row)]
 
     config = GRPOConfig(
-        output_dir=str(work), per_device_train_batch_size=shape.micro, gradient_accumulation_steps=shape.prompts * shape.group // shape.micro,
-        num_generations=shape.group, max_completion_length=shape.longest, max_steps=steps, num_iterations=1, beta=0.0, loss_type="dapo",
-        epsilon=0.2, epsilon_high=0.28, temperature=1.0, learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=CLIP_NORM, use_cpu=True,
-        bf16=False, fp16=False, gradient_checkpointing=False, shuffle_dataset=False, logging_steps=10**6, report_to=[], save_strategy="no",
-        disable_tqdm=True,
+        per_device_train_batch_size=shape.micro, gradient_accumulation_steps=shape.prompts * shape.group // shape.micro, max_steps=steps,
+        num_generations=shape.group, max_completion_length=shape.longest, num_iterations=1, beta=0.0, loss_type="dapo",
+        epsilon=0.2, epsilon_high=0.28, temperature=1.0, learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=CLIP_NORM,
+        use_cpu=True, bf16=False, fp16=False, gradient_checkpointing=False, shuffle_dataset=False,
+        output_dir=str(work), logging_steps=10**6, report_to=[], save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
     trainer = GRPOTrainer(model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
@@ -120,12 +157,12 @@ def run_trl(shape: Shape, steps: int, model_folder: str, work: Path) -> dict[str
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.began = time.perf_counter()
+            self.began, self.cpu = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             now = time.perf_counter()
-            watch.end_step(now - self.began)
-            self.began = time.perf_counter()
+            watch.end_step(now - self.began, time.process_time() - self.cpu)
+            self.began, self.cpu = time.perf_counter(), time.process_time()
 
     trainer.add_callback(Clock())
     trainer.train()
@@ -137,14 +174,15 @@ def run_exact(shape: Shape, steps: int, model_folder: str, work: Path) -> dict[s
     import transformers
     import trl
     from bench import ForcedEngine, write_recipe
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
     from llmrl.batch import pack
     from llmrl.config import load_recipe
     from llmrl.head import head_logp
     from llmrl.hf_engine import HFEngine
     from llmrl.models import load_policy
     from llmrl.records import Request, Sample
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
     policy = load_policy(load_recipe(write_recipe(shape, steps, model_folder, work)).recipe.model)
     context = policy.chat.prompt_ids([{"role": "user", "content": shape.question(0)}])
@@ -180,4 +218,4 @@ def run_exact(shape: Shape, steps: int, model_folder: str, work: Path) -> dict[s
 if __name__ == "__main__":
     import sys
 
-    run_task(sys.argv[2], {"trl": run_trl, "exact": run_exact})
+    run_task(sys.argv[2], {"model": build_model, "trl": run_trl, "exact": run_exact})

@@ -1,5 +1,6 @@
 """Packing, denominators, and the invariances: the gradient does not depend on how samples were cut into micro-batches."""
 
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -31,7 +32,10 @@ def make_samples(prompts=5, group=4, *, seed=0, weights=True):
             s.reward = rng.random()
             if weights:
                 s.weights = {"policy": rng.choice([0.0, 0.25, 1.0, 1.0]), "sft": rng.choice([0.0, 0.5])}
-            s.streams = {"old_logp": [-3.1 + 0.6 * rng.random() for _ in range(n)], "ref_logp": [-3.1 + 0.3 * rng.random() for _ in range(n)]}
+            s.streams = {
+                "old_logp": [-3.1 + 0.6 * rng.random() for _ in range(n)],
+                "ref_logp": [-3.1 + 0.3 * rng.random() for _ in range(n)],
+            }
             out.append(s)
     return out
 
@@ -183,9 +187,21 @@ def test_fractional_weights_by_hand(over, expected):
 
 
 @pytest.mark.parametrize(
-    "fn", [losses.pg_clip(), losses.pg_clip(dual=3.0), losses.reinforce(), losses.cispo(), losses.gspo(), losses.kl_k2(), losses.kl_k3(), losses.entropy_bonus(),
-           losses.mismatch(losses.pg_clip(), "truncate"), losses.mismatch(losses.gspo(), "mask", over="sample")], ids=lambda f: f.__name__,
-)  # fmt: skip
+    "fn",
+    [
+        losses.pg_clip(),
+        losses.pg_clip(dual=3.0),
+        losses.reinforce(),
+        losses.cispo(),
+        losses.gspo(),
+        losses.kl_k2(),
+        losses.kl_k3(),
+        losses.entropy_bonus(),
+        losses.mismatch(losses.pg_clip(), "truncate"),
+        losses.mismatch(losses.gspo(), "mask", over="sample"),
+    ],
+    ids=lambda f: f.__name__,
+)
 @pytest.mark.parametrize("over", ["token", "sample", "fixed"])
 def test_nan_at_weight_zero_spreads_nowhere(fn, over):
     nan, bad = float("nan"), [float("nan"), -torch.inf, torch.inf]
@@ -206,11 +222,20 @@ def test_a_loss_of_the_wrong_shape_is_named():
 
 def test_token_metrics_by_hand():
     """Ratios e^0.3 (clipped for A > 0), e^-0.3 (clipped for A < 0) and 1; the fourth token has weight 0."""
-    batch, out = make_batch([[-1.0, -2.0, -3.0], [-9.0]], [[1.0, -1.0, 1.0], 1.0], old=[[-1.3, -1.7, -3.0], [0.0]], ref=[[-1.1, -2.0, -3.0], [0.0]],
-                            behavior=[[-1.0, -2.5, None], [5.0]], entropy=[[0.5, 1.0, 1.5], [100.0]], weight=[1.0, 0.0])  # fmt: skip
+    batch, out = make_batch(
+        [[-1.0, -2.0, -3.0], [-9.0]],
+        [[1.0, -1.0, 1.0], 1.0],
+        old=[[-1.3, -1.7, -3.0], [0.0]],
+        ref=[[-1.1, -2.0, -3.0], [0.0]],
+        behavior=[[-1.0, -2.5, None], [5.0]],
+        entropy=[[0.5, 1.0, 1.5], [100.0]],
+        weight=[1.0, 0.0],
+    )
     m = token_metrics(batch, out, [POLICY])
     k3 = (torch.tensor(-0.3).exp() + 0.3 - 1) + (torch.tensor(0.3).exp() - 0.3 - 1)
-    assert m == pytest.approx({"n": 3, "n_gap": 2, "gap": 0.5, "gap_max": 0.5, "kl_old": float(k3), "entropy": 3.0, "kl_ref": 0.0048374, "clipped": 2}, abs=1e-6)
+    assert m == pytest.approx(
+        {"n": 3, "n_gap": 2, "gap": 0.5, "gap_max": 0.5, "kl_old": float(k3), "entropy": 3.0, "kl_ref": 0.0048374, "clipped": 2}, abs=1e-6
+    )
 
 
 def test_a_nan_log_prob_is_seen_by_the_metrics():
@@ -276,7 +301,7 @@ def test_gradient_does_not_depend_on_the_budget(learner, tokens):
 def test_gradient_of_seven_uneven_micro_batches(learner):
     samples, adv, denominators, whole = reference(learner)
     cuts = [0, 1, 2, 5, 6, 12, 19, 20]
-    parts = [pack(samples[a:b], adv[a:b], tokens=10**6) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [pack(samples[a:b], adv[a:b], tokens=10**6) for a, b in itertools.pairwise(cuts)]
     batches = [b for part in parts for b in part]
     assert len(batches) == 7
     assert_same(whole, gradient(learner, batches, denominators))

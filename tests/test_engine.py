@@ -271,7 +271,9 @@ def test_a_stop_text_at_the_limit_is_a_stop():
 # ---------------------------------------------------------------- tokens that can never be sampled
 
 
-@pytest.mark.parametrize("how", [Sampling(12), Sampling(12, temperature=0.7), Sampling(12, temperature=0.0), Sampling(12, top_k=2), Sampling(12, top_p=0.5)])
+@pytest.mark.parametrize(
+    "how", [Sampling(12), Sampling(12, temperature=0.7), Sampling(12, temperature=0.0), Sampling(12, top_k=2), Sampling(12, top_p=0.5)]
+)
 def test_padding_and_begin_tokens_are_never_sampled(how):
     """The model puts all its mass on them; learner and engine agree on the distribution over the rest."""
     from accelerate import Accelerator
@@ -286,7 +288,10 @@ def test_padding_and_begin_tokens_are_never_sampled(how):
         if how.temperature:
             assert c.logprobs == pytest.approx([cut_logp(row, how)[t] for row, t in zip(logits, c.token_ids, strict=True)], abs=1e-4)
     if how.temperature and not how.top_k and how.top_p == 1:
-        samples = [Sample(str(i), str(r.context_ids), list(r.context_ids), c.token_ids, c.logprobs, 0) for i, (r, c) in enumerate(zip(asked, done, strict=True))]
+        samples = [
+            Sample(str(i), str(r.context_ids), list(r.context_ids), c.token_ids, c.logprobs, 0)
+            for i, (r, c) in enumerate(zip(asked, done, strict=True))
+        ]
         learner = Learner(policy, Accelerator(cpu=True), temperature=how.temperature)
         (batch,) = pack(samples, [torch.ones(len(s.token_ids)) for s in samples], tokens=10**6)
         out = learner.forward(batch, Needs())
@@ -343,8 +348,16 @@ def test_draws_of_a_peaked_distribution_follow_it():
 
 def test_draw_at_the_ends():
     ninf = -torch.inf
-    logits = torch.tensor([[ninf, 0.0, ninf, 0.0, ninf], [ninf, ninf, 5.0, ninf, ninf], [0.0, -90.0, -1e4, ninf, ninf], [1e4, ninf, -1e4, 0.0, 1e4]])
-    for u, want in [(0.0, [1, 2, 0, 0]), (0.4999, [1, 2, 0, 0]), (0.5001, [3, 2, 0, 4]), (1 - 2**-53, [3, 2, 0, 4]), (1 - 2**-24, [3, 2, 0, 4])]:
+    logits = torch.tensor(
+        [[ninf, 0.0, ninf, 0.0, ninf], [ninf, ninf, 5.0, ninf, ninf], [0.0, -90.0, -1e4, ninf, ninf], [1e4, ninf, -1e4, 0.0, 1e4]]
+    )
+    for u, want in [
+        (0.0, [1, 2, 0, 0]),
+        (0.4999, [1, 2, 0, 0]),
+        (0.5001, [3, 2, 0, 4]),
+        (1 - 2**-53, [3, 2, 0, 4]),
+        (1 - 2**-24, [3, 2, 0, 4]),
+    ]:
         token, logp = draw(logits, Sampling(1), torch.full((4,), u, dtype=torch.float64))
         assert token.tolist() == want, u
         assert logp.isfinite().all()
@@ -373,17 +386,17 @@ def test_a_row_is_drawn_by_its_own_number():
 @pytest.mark.parametrize(
     ("how", "kept"),
     [
-        (dict(top_k=1), [0]),
-        (dict(top_k=3), [0, 1, 2]),
-        (dict(top_k=99), [0, 1, 2, 3]),
-        (dict(top_p=0.4), [0]),
-        (dict(top_p=0.55), [0, 1]),
-        (dict(top_p=0.85), [0, 1, 2]),
-        (dict(min_p=0.5), [0, 1]),
-        (dict(min_p=0.35), [0, 1, 2]),
-        (dict(min_p=0.9), [0]),
-        (dict(top_k=3, top_p=0.8), [0, 1]),  # 0.5, 0.3, 0.2 of what top-k leaves, times 0.95: 0.526 + 0.316 >= 0.8
-        (dict(temperature=0.5, top_p=0.7), [0, 1]),  # 0.641, 0.231, 0.103, 0.026
+        ({"top_k": 1}, [0]),
+        ({"top_k": 3}, [0, 1, 2]),
+        ({"top_k": 99}, [0, 1, 2, 3]),
+        ({"top_p": 0.4}, [0]),
+        ({"top_p": 0.55}, [0, 1]),
+        ({"top_p": 0.85}, [0, 1, 2]),
+        ({"min_p": 0.5}, [0, 1]),
+        ({"min_p": 0.35}, [0, 1, 2]),
+        ({"min_p": 0.9}, [0]),
+        ({"top_k": 3, "top_p": 0.8}, [0, 1]),  # 0.5, 0.3, 0.2 of what top-k leaves, times 0.95: 0.526 + 0.316 >= 0.8
+        ({"temperature": 0.5, "top_p": 0.7}, [0, 1]),  # 0.641, 0.231, 0.103, 0.026
     ],
     ids=str,
 )

@@ -20,10 +20,13 @@ KL = Literal["k2", "k3"]
 Mismatch = Literal["truncate", "mask"]
 
 
+_NOTHING = Needs()
+
+
 def _rule(
     fn: losses.LossFn, sample: tuple[c.Transform, ...], over: Over, *, token: tuple[c.Transform, ...] = (), budget: int | None = None,
     kl: float = 0.0, kl_form: KL = "k3", entropy: float = 0.0, mismatch: Mismatch | None = None, mismatch_max: float = 2.0,
-    dynamic: int = 0, mask_truncated: bool = False, needs: Needs = Needs(),
+    dynamic: int = 0, mask_truncated: bool = False, needs: Needs = _NOTHING,
 ) -> Rule:  # fmt: skip
     """The common skeleton: policy term, then KL and entropy terms where their coefficient is not 0, all reduced alike."""
     if mismatch is not None:
@@ -142,3 +145,6 @@ def reinforce_pp(
         losses.pg_clip(low, high), sample, "sample", token=token, entropy=entropy, mismatch=mismatch, mismatch_max=mismatch_max,
         mask_truncated=mask_truncated, needs=Needs(ref_logp=bool(kl), old_logp=bool(kl)),
     )  # fmt: skip
+
+
+reinforce_pp.min_group = 1  # type: ignore[attr-defined]  # the only one here that compares no siblings
