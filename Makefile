@@ -1,5 +1,5 @@
 # `make quickstart` and `make test` need Python >= 3.11, git and make; they install into .venv first, at the versions of constraints/ci.txt.
-# Another index, e.g. CPU builds of torch on Linux: make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# PIP_ARGS goes to pip, e.g. to choose another index for CPU builds of torch.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 PIP_ARGS ?=

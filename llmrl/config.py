@@ -108,7 +108,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> LoadedRecipe
             continue
         overridden.add(key)
         origins = {k: o for k, o in origins.items() if not _within(k, {key})}
-        origins |= {k: "override" for k, _ in _leaves({key: value})}
+        origins |= {k: "override" for k, _ in _leaves({key: value})} if value is not None else {}
     if isinstance(run := tree.setdefault("run", {}), dict):
         run.setdefault("dir", f"runs/{path.stem}")
     found = list(_missing_files(tree))
@@ -160,7 +160,10 @@ def _read(path: Path) -> str:
 
 
 def _override(tree: dict[str, Any], override: str) -> tuple[str, Any]:
-    """Put `a.b=value` into the tree; returns key and value. A value that is no TOML is a string: quotes rarely survive a shell."""
+    """Put `a.b=value` into the tree; returns key and value. A value that is no TOML is a string: quotes rarely survive a shell.
+
+    `a.b=` takes the key, or the whole section, out of the file: back to the default.
+    """
     key, equals, text = override.partition("=")
     *sections, name = key.strip().split(".")
     if not equals or not all([*sections, name]):
@@ -171,6 +174,11 @@ def _override(tree: dict[str, Any], override: str) -> tuple[str, Any]:
         at, part = at.setdefault(section, {}), part.setdefault(section, {})
         if not isinstance(at, dict):
             raise InputError(f"override {override!r}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+    if not text.strip():
+        if name not in at:
+            raise InputError(f"override {override!r}: takes {key.strip()} out of the file, which has no such key")
+        del at[name]
+        return key.strip(), None
     try:
         parsed = tomllib.loads(f"it = {text}")
         part[name] = parsed["it"] if len(parsed) == 1 else text

@@ -3,7 +3,7 @@
 Rounds alternate (TRL, llmrl, TRL, llmrl, ...); each side runs in a process of its own with the same number of threads. Completion k of
 prompt p has `length_of(p, k)` tokens on both sides: TRL by a logits processor that bans the end token until then and forces it there,
 llmrl by a length limit of its own for each request. The reward is a hash of (p, k), so every group has a spread. Token counts, rewards
-and advantages of the two sides are compared, and a difference is an error. The model, TRL's side and the precision of both heads: bench_trl.py.
+and advantages of the two sides are compared; a difference is an error. Model, TRL's side, precision of both heads: bench_trl.py.
 """
 
 from __future__ import annotations
@@ -187,16 +187,13 @@ def run_llmrl(shape: Shape, steps: int, model: str, work: Path) -> dict[str, Any
 
 def _high_water(pid: int) -> int:
     """Largest resident size of a process so far, bytes; 0 where /proc does not tell."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
+    status = Path(f"/proc/{pid}/status")
+    lines = status.read_text().splitlines() if status.exists() else []
     return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")), 0)
 
 
 def peak_gb() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 # ---------------------------------------------------------------- the comparison
@@ -206,10 +203,10 @@ def run_side(side: str, shape: Shape, steps: int, model: str, threads: int, log:
     """One side in a process of its own; its output goes to `log`."""
     with tempfile.TemporaryDirectory(prefix="llmrl-bench-") as work:
         result = Path(work) / "result.json"
-        task = {"side": side, "shape": asdict(shape), "steps": steps, "model": str(model), "threads": threads, "work": work}
+        task = {"side": side, "shape": asdict(shape), "steps": steps, "model": model, "threads": threads, "work": work}
+        task["result"] = str(result)
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         env |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-        task["result"] = str(result)
         script = HERE if side == "llmrl" else HERE.with_name("bench_trl.py")
         with log.open("a") as out:
             done = subprocess.run([sys.executable, str(script), "--task", json.dumps(task)], stdout=out, stderr=out, env=env, check=False)
@@ -245,7 +242,7 @@ def check_same(shape: Shape, trl: dict[str, Any], ours: dict[str, Any]) -> None:
 
 
 def compare(shape: Shape, steps: int, rounds: int, threads: int, log: Path) -> dict[str, Any]:
-    """All rounds of a shape; the first step of each round warms up and is left out."""
+    """All rounds of a shape, each with one step more than `steps`: the first warms up."""
     with tempfile.TemporaryDirectory(prefix="llmrl-bench-model-") as folder:
         model = run_side("model", shape, 0, folder, threads, log)["folder"]
         found: dict[str, list[dict[str, Any]]] = {"trl": [], "llmrl": []}
@@ -263,7 +260,7 @@ def compare(shape: Shape, steps: int, rounds: int, threads: int, log: Path) -> d
 def summary(rounds: list[dict[str, Any]]) -> dict[str, float]:
     """Medians over the measured steps of all rounds; counts and shares are of the same steps, meaned; peak memory is the largest."""
     steps = [s for r in rounds for s in r["steps"][1:]]
-    out = {k: statistics.median(s[k] for s in steps) for k in ("step_s", "generate_s", "score_s", "update_s", "rest_s")}
+    out = {k: statistics.median(s[k] for s in steps) for k in ("step_s", "cpu_s", "generate_s", "score_s", "update_s", "rest_s")}
     out |= {k: statistics.fmean(s[k] for s in steps) for k in ("positions", "padding", "attention_padding", "micro_batches")}
     out["generated"] = statistics.fmean(sum(s["lengths"]) for s in steps)
     out["generated_per_s"] = statistics.median(sum(s["lengths"]) / s["generate_s"] for s in steps)
@@ -274,7 +271,7 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, float]:
 def ratios(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
     """TRL's seconds over llmrl's, one number a round (medians of its measured steps): above 1, llmrl is faster."""
     out = {}
-    for key in ("step_s", "generate_s", "update_s"):
+    for key in ("step_s", "cpu_s", "generate_s", "update_s"):
         medians = {k: [statistics.median(s[key] for s in r["steps"][1:]) for r in v] for k, v in found.items()}
         out[key] = [a / b for a, b in zip(medians["trl"], medians["llmrl"], strict=True)]
     return out
@@ -284,7 +281,6 @@ def table(result: dict[str, Any]) -> str:
     """Markdown."""
     s, t, o, e = result["shape"], result["summary"]["trl"], result["summary"]["llmrl"], result["exact"]
 
-    fewer = t["positions"] / o["positions"]
 
     def times(key: str) -> str:
         r = sorted(result["ratios"][key])
@@ -299,19 +295,19 @@ def table(result: dict[str, Any]) -> str:
         ("- score", f"{t['score_s']:.3f}", f"{o['score_s']:.3f}", ""),
         ("- update: forward, backward, optimizer", f"{t['update_s']:.2f}", f"{o['update_s']:.2f}", times("update_s")),
         ("- rest", f"{t['rest_s']:.2f}", f"{o['rest_s']:.2f}", ""),
+        ("CPU seconds a step, main process", f"{t['cpu_s']:.2f}", f"{o['cpu_s']:.2f}", times("cpu_s")),
         ("tokens generated a second", f"{t['generated_per_s']:.0f}", f"{o['generated_per_s']:.0f}", ""),
         ("decoding slots without a token", f"{t['idle_slots']:.1%}", f"{o['idle_slots']:.1%}", ""),
-        ("positions through the training forward", f"{t['positions']:.0f}", f"{o['positions']:.0f}", f"{fewer:.2f}"),
+        ("training positions", f"{t['positions']:.0f}", f"{o['positions']:.0f}", f"{t['positions'] / o['positions']:.2f}"),
         ("padding, of these", f"{t['padding']:.1%}", f"{o['padding']:.1%}", ""),
         ("padding inside attention rows", f"{t['attention_padding']:.1%}", f"{o['attention_padding']:.1%}", ""),
         ("peak memory (ru_maxrss), GB", f"{t['peak_gb']:.2f}", f"{o['peak_gb']:.2f} + {o['workers_gb']:.2f} verifiers", ""),
         ("error of log-probs: largest, nats", *exact("logp_max"), ""), ("error of log-probs: mean, nats", *exact("logp_mean"), ""),
         ("relative error of d loss / d hidden", *exact("d_hidden"), ""), ("relative error of d loss / d head", *exact("d_weight"), ""),
     ]  # fmt: skip
-    even = ", all lengths equal" if s["even"] else ""
-    head = f"**{s['name']}**: {s['model']}, {s['dtype']}; {s['prompts']} prompts x {s['group']} completions of " + (
-        f"{s['longest']} tokens{even}" if s["even"] else f"{s['shortest']}-{s['longest']} tokens"
-    ) + f", {o['generated']:.0f} tokens a step; TRL {e['versions']['trl']} in micro-batches of {s['micro']}, llmrl of {s['tokens']} tokens."
+    lengths = f"{s['longest']}" if s["even"] else f"{s['shortest']}-{s['longest']}"
+    head = f"**{s['name']}**: {s['model']}, {s['dtype']}; {s['prompts']} prompts x {s['group']} completions of {lengths} tokens, "
+    head += f"{o['generated']:.0f} a step; TRL {e['versions']['trl']} in micro-batches of {s['micro']}, llmrl of {s['tokens']} tokens."
     lines = [head, "", "| a step | TRL | llmrl | TRL : llmrl, median (min-max of rounds) |", "|---|---|---|---|"]
     return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows]) + "\n"
 
@@ -340,9 +336,8 @@ def main() -> None:
     for name in SHAPES if a.shape == "all" else [a.shape]:
         changes = {k: v for k, v in (("micro", a.micro), ("tokens", a.tokens), ("even", a.even)) if v}
         results.append(compare(replace(SHAPES[name], **changes), a.steps, a.rounds, a.threads, log))
-    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-    where = {"machine": f"{platform.machine()}, {a.threads} threads", "load average at the end": load, "date": time.strftime("%Y-%m-%d")}
-    where |= results[0]["exact"]["versions"]
+    where = {"machine": f"{platform.machine()}, {a.threads} threads", "load average at the end": f"{os.getloadavg()[0]:.1f}"}
+    where |= {"date": time.strftime("%Y-%m-%d"), **results[0]["exact"]["versions"]}
     a.out.write_text(json.dumps({"where": where, "rounds": a.rounds, "steps": a.steps, "results": results}))
     text = "\n".join(table(r) for r in results) + "\n" + ", ".join(f"{k} {v}" for k, v in where.items())
     text += f"; {a.rounds} rounds of {a.steps} measured steps.\n"

@@ -125,11 +125,10 @@ class Watch:
         s, row = self.seconds, self.row
         forwards = row.pop("forwards")
         places, real = sum(n for n, _ in forwards), sum(n for _, n in forwards)
-        self.rows.append(row | {
-            "step_s": step_s, "cpu_s": cpu_s, "generate_s": s["generate"], "score_s": s["score"], "rest_s": s["prepare"] - s["generate"] - s["score"],
-            "update_s": step_s - s["prepare"], "positions": places, "padding": 1 - real / places, "attention_padding": 1 - real / places,
-            "micro_batches": len(forwards),
-        })  # fmt: skip
+        times = {"step_s": step_s, "cpu_s": cpu_s, "generate_s": s["generate"], "score_s": s["score"], "update_s": step_s - s["prepare"]}
+        padding = 1 - real / places
+        counts = {"positions": places, "padding": padding, "attention_padding": padding, "micro_batches": len(forwards)}
+        self.rows.append(row | times | {"rest_s": s["prepare"] - s["generate"] - s["score"]} | counts)
         self.seconds, self.row = Counter(), {}
 
 

@@ -291,3 +291,15 @@ def test_every_field_of_a_recipe_has_a_home_in_the_contract():
     keys = {f"{s}.{k}" for s, f in config.Recipe.model_fields.items() for k in getattr(f.annotation, "model_fields", {})}
     contract = "run.dir model.path data.path engine.use rule.use verifier.use checkpoint.every eval.every"
     assert set(contract.split()) <= keys and {"seed", "steps"} <= set(config.Recipe.model_fields)
+
+
+def test_an_empty_override_takes_a_key_or_a_section_out(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(
+        'steps = 3\n[model]\npath = "tiny"\n[data]\npath = "chains"\nholdout = 5\nanswer_after = "####"\n[data.args]\nrows = 50\n[verifier]\nuse = "exact"\n'
+    )
+    loaded = load_recipe(path, ["data.answer_after=", "data.args="])
+    assert loaded.recipe.data.answer_after is None and loaded.recipe.data.args == {}
+    assert loaded.origins["data.answer_after"] == "default"
+    with pytest.raises(InputError, match=r"data\.limit.*no such key"):
+        load_recipe(path, ["data.limit="])
