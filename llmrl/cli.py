@@ -16,7 +16,10 @@ app = typer.Typer(
 )  # fmt: skip
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe: a .toml file, e.g. recipes/quickstart.toml")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. optim.lr=1e-5 model.path=./my-model; KEY= drops a key or section of the file")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. optim.lr=1e-5 model.path=./my-model; KEY= drops a key or section of the file"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, nothing else.")]
 Keys = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keywords of the plug-in, e.g. tolerance=1e-3")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run directory's last checkpoint: the same run, byte for byte.")]

@@ -114,7 +114,10 @@ def scale(*, eps: float = 1e-6, ddof: int = 1) -> Transform:
 
 
 def scale_batch(*, eps: float = 1e-4) -> Transform:
-    """a_i / (std of the rewards of the whole batch, all ranks + eps), ddof = 1. Source: TRL's scale_rewards="batch" (2508.08221)."""
+    """a_i / (std of the rewards of the whole batch, all ranks + eps), ddof = 1. Source: TRL's scale_rewards="batch" (arXiv:2508.08221).
+
+    The rewards are Sample.reward, before any shaping earlier in the chain.
+    """
 
     def f(a_S: Tensor, view: View) -> Tensor:
         _, var = _moments(view.reward_S, view.scored_S.double(), view)

@@ -81,7 +81,8 @@ def gspo(low: float = 3e-4, high: float = 4e-4) -> LossFn:
     log s_i = mean_t (logp_t - old_logp_t) over the sample's tokens;  s_it = sg(s_i) exp(logp_t - sg(logp_t));
     l_t = max(-s_it A_t, -clip(s_it, 1 - low, 1 + high) A_t)
     Source: GSPO, arXiv:2507.18071 eq. 5-7 and 13-14; with one advantage a sample and over="sample" it equals plain GSPO in value and
-    gradient. The mean runs over tokens with a positive "policy" weight.
+    gradient. Under token-level mismatch weights the gradient weighs each token by its own, the value is the same. The mean runs over
+    tokens with a positive "policy" weight.
     """
 
     @scales_with_advantage

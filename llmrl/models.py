@@ -65,8 +65,12 @@ class Policy:
     @torch.no_grad()
     def self_test(self) -> None:
         """Refuses a model whose packed forward is not its own forward (soft-capped logits, unusual attention, ...)."""
-        if getattr(self.model.config.get_text_config(), "final_logit_softcapping", None):  # too weak to be seen where logits are small
-            raise InputError(f"model.path: {type(self.model).__name__} soft-caps its logits, which is not supported yet")
+        config, kind = self.model.config.get_text_config(), type(self.model).__name__
+        if getattr(config, "final_logit_softcapping", None):  # too weak to be seen where logits are small
+            raise InputError(f"model.path: {kind} soft-caps its logits, which is not supported yet")
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):  # would not show in a text as short as this one
+            raise InputError(f"model.path: {kind} has {rope['rope_type']} rotary embeddings, which depend on the longest text in the batch: not supported")
         vocab = self.model.config.get_text_config().vocab_size
         ids = torch.randint(0, vocab, (12,), generator=torch.Generator().manual_seed(0)).to(self.device)
         rows = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 8, 9, 10, 11]], device=self.device)
@@ -108,11 +112,8 @@ def load_policy(cfg: Model, *, base: Path = Path("."), seed: int = 0, device: to
         model, tokenizer = _tiny(cfg, seed)
     else:
         model, tokenizer = _pretrained(_locate(cfg.path, base), dtype)
-    if cfg.chat_template is not None:
-        file = base / cfg.chat_template
-        if not file.is_file():
-            raise InputError(f"model.chat_template: no file {file}")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    _set_template(tokenizer, cfg, base)
+    _no_dropout(model)
     model = model.to(device=device, dtype=dtype)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
@@ -133,9 +134,25 @@ def load_tokenizer(cfg: Model, *, base: Path = Path(".")) -> Chat:
     else:
         where = _locate(cfg.path, base)
         tokenizer = _auto_tokenizer(where)
-    if cfg.chat_template is not None and (base / cfg.chat_template).is_file():
-        tokenizer.chat_template = (base / cfg.chat_template).read_text(encoding="utf-8")
+    _set_template(tokenizer, cfg, base)
     return Chat(tokenizer)
+
+
+def _set_template(tokenizer: Any, cfg: Model, base: Path) -> None:
+    if cfg.chat_template is not None:
+        file = base / cfg.chat_template
+        if not file.is_file():
+            raise InputError(f"model.chat_template: no file {file}")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+
+
+def _no_dropout(model: nn.Module) -> None:
+    """Off everywhere: under dropout the learner's log-probs are not those of the policy that sampled, and every ratio is noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:

@@ -183,7 +183,7 @@ def run_folder(loaded: LoadedRecipe, *, resume: bool, overwrite: bool) -> Path:
     import shutil
 
     folder = Path(loaded.recipe.run.dir)
-    used = folder.exists() and any(folder.iterdir())
+    used = folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir())  # a killed write leaves a hidden part file
     if resume or not used:
         if resume and not (folder / "manifest.json").is_file():
             raise InputError(f"--resume: {folder} holds no run (no manifest.json); start it without --resume")

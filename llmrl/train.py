@@ -42,6 +42,8 @@ def train(loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False
     session = open_session(loaded)
     try:
         folder = run_folder(loaded, resume=resume, overwrite=overwrite) if session.rank == 0 else Path(loaded.recipe.run.dir)
+        if session.rank == 0 and not resume:
+            write_manifest(folder, session)  # before any other file: a run killed at any moment from here on can be resumed
         session.accelerator.wait_for_everyone()
         run = Run(session, folder, console)
         run.prepare(resume)
@@ -60,10 +62,10 @@ def warm_start_only(loaded: LoadedRecipe, *, overwrite: bool = False, console: C
     session = open_session(loaded)
     try:
         folder = run_folder(loaded, resume=False, overwrite=overwrite) if session.rank == 0 else Path(loaded.recipe.run.dir)
+        if session.rank == 0:
+            write_manifest(folder, session)
         session.accelerator.wait_for_everyone()
         run = Run(session, folder, console or Console())
-        if run.main:
-            write_manifest(folder, session)
         run.console.begin(session, folder, resumed_at=None)
         before = run.evaluate(0)
         run.warm_start()
@@ -96,8 +98,6 @@ class Run:
         """From the last checkpoint, or from the start: warm start, first evaluation, first checkpoint."""
         r = self.s.recipe
         found = checkpoint.checkpoints(self.folder / "checkpoints") if resume else []
-        if self.main and not found:
-            write_manifest(self.folder, self.s)
         if r.run.trackers:
             self.s.accelerator.init_trackers("llmrl", config={k: str(v) for k, v in self.s.loaded.recipe.model_dump().items()})
         self.console.begin(self.s, self.folder, resumed_at=int(found[-1].name[5:]) if found else None)

@@ -47,9 +47,7 @@ def sampled(learner, prompts=3, group=4):
     asked = [Request(c, ("s", c[1], i), how) for c in contexts for i in range(group)]
     samples, adv = [], []
     for k, (r, c) in enumerate(zip(asked, HFEngine(learner.policy).generate(asked), strict=True)):
-        samples.append(
-            Sample(str(k), str(r.seed[1]), list(r.context_ids), c.token_ids, c.logprobs, 0, reward=float(sum(c.token_ids) % 5) / 4)
-        )
+        samples.append(Sample(str(k), str(r.seed[1]), list(r.context_ids), c.token_ids, c.logprobs, 0, reward=float(sum(c.token_ids) % 5) / 4))
         adv.append(torch.full((len(c.token_ids),), samples[-1].reward - 0.4))
     return samples, adv
 
@@ -104,9 +102,7 @@ def test_first_update_equals_reinforce():
         assert torch.allclose(dict(learner.params)[name], new, atol=1e-6), name
 
 
-@pytest.mark.parametrize(
-    "loss", [losses.pg_clip(), losses.pg_clip(dual=3.0), losses.cispo(), losses.gspo(), losses.reinforce()], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("loss", [losses.pg_clip(), losses.pg_clip(dual=3.0), losses.cispo(), losses.gspo(), losses.reinforce()], ids=lambda f: f.__name__)
 def test_all_policy_losses_begin_as_reinforce(loss):
     learner = make_learner(temperature=TEMPERATURE)
     samples, adv = sampled(learner)
@@ -141,9 +137,7 @@ def test_gradient_checkpointing_changes_nothing():
     layers = []
     hook = saving.policy.model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: layers.append(1))
     for learner in (plain, saving):
-        step_gradient(
-            learner, samples, adv, [Term(losses.pg_clip()), Term(losses.entropy_bonus(), coef=0.1)], tokens=40, needs=Needs(entropy=True)
-        )
+        step_gradient(learner, samples, adv, [Term(losses.pg_clip()), Term(losses.entropy_bonus(), coef=0.1)], tokens=40, needs=Needs(entropy=True))
     hook.remove()
     assert len(layers) == 2 * len(pack(samples, adv, tokens=40))  # forward, and once more in backward
     assert_near({n: p.grad for n, p in saving.params}, {n: p.grad for n, p in plain.params}, 1e-6)
@@ -469,11 +463,7 @@ def test_credit_in_a_step_sees_the_samples_it_should():
         Sample("d", "q", [1], [4], None, 0, reward=1.0, cohort="other"),
     ]
     view: View = view_of(samples, learner, 9)
-    assert (
-        view.scored_S.tolist() == [True, False, True, True]
-        and view.cohort_S.tolist() == [0, 0, 0, 1]
-        and view.length_S.tolist() == [2, 1, 3, 1]
-    )
+    assert view.scored_S.tolist() == [True, False, True, True] and view.cohort_S.tolist() == [0, 0, 0, 1] and view.length_S.tolist() == [2, 1, 3, 1]
     assert view.truncated_S.tolist() == [False, True, False, False] and view.max_new_tokens == 9
     assert view.streams["x"].isnan().tolist() == [True] * 3 + [False] * 3 + [True]
     adv, _ = Credit((center(),)).update(view, {"center": {}})

@@ -53,7 +53,7 @@ from llmrl.step import run_step
 from llmrl.train import train
 
 here, out = Path(sys.argv[1]), Path(sys.argv[2])
-warm = "warm_start={steps=5, examples=6, data={path='./rows.jsonl'}, optim={lr=1e-3, eps=1e-2}}"
+warm = "warm_start={steps=5, examples=6, data={path='ROWS'}, optim={lr=1e-3, eps=1e-2}}".replace("ROWS", str(here / "rows.jsonl"))
 RULES = {
     "dapo": ["rule={use='dapo', dynamic_rounds=0}"],
     "whitened": ["rule={use='reinforce_pp', kl=0.1, entropy=0.01}"],
@@ -118,22 +118,20 @@ def folders(tmp_path_factory):
     one.mkdir(), two.mkdir()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "CUDA_VISIBLE_DEVICES": ""}
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    pair = subprocess.Popen(
-        [sys.executable, *launch, str(folder / "ranks.py"), str(folder), str(two)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    with (folder / "log").open("w") as log:  # no pipe: workers of a launcher that died would hold it open
+        command = [sys.executable, *launch, str(folder / "ranks.py"), str(folder), str(two)]
+        pair = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    before = sys.argv
+    sys.argv = ["ranks.py", str(folder), str(one)]
     try:
-        before = sys.argv
-        sys.argv = ["ranks.py", str(folder), str(one)]
-        try:
-            runpy.run_path(str(folder / "ranks.py"))
-        finally:
-            sys.argv = before
-        said, _ = pair.communicate(timeout=120)
+        runpy.run_path(str(folder / "ranks.py"))
+        pair.wait(timeout=90)
     finally:
+        sys.argv = before
         if pair.poll() is None:
-            pair.kill()
-            pair.communicate()
-    assert pair.returncode == 0, said[-4000:]
+            pair.terminate()  # the launcher ends its workers
+            pair.wait(timeout=40)
+    assert pair.returncode == 0, (folder / "log").read_text()[-4000:]
     return one, two
 
 
@@ -183,7 +181,9 @@ def test_one_rank_had_nothing_to_learn(folders):
 def test_the_same_gradients_and_weights(folders, name):
     for what, tolerance in (("grads", 1e-6), ("weights", 1e-6)):
         a, b = (load_file(folder / f"{name}-{what}.safetensors") for folder in folders)
-        assert a.keys() == b.keys() and (what == "weights" or len(a) == (4 if name == "several" else 2) * len(load_file(folders[0] / "dapo-weights.safetensors")))
+        assert a.keys() == b.keys() and (
+            what == "weights" or len(a) == (4 if name == "several" else 2) * len(load_file(folders[0] / "dapo-weights.safetensors"))
+        )
         for key in a:
             assert float((a[key] - b[key]).abs().max()) <= tolerance, (what, key)
         if what == "grads":
@@ -196,7 +196,8 @@ def test_the_same_metrics(folders, name):
     for x, y in zip(a, b, strict=True):
         assert x.keys() == y.keys()
         for key in x:
-            if not key.startswith("time/") and key != "logp_gap/max_nats":  # of the first micro-batch, which is another one
+            # the largest gap is that of the first micro-batch, and a context is computed once a micro-batch: those are others
+            if not key.startswith("time/") and key not in ("logp_gap/max_nats", "tokens/trained"):
                 assert_close_rows(x[key], y[key], key)
         assert x["logp_gap/max_nats"] < 1e-5 and y["logp_gap/max_nats"] < 1e-5
     assert a[0]["samples"] == 16 and 0 < a[0]["reward/mean"] < 1 and a[1]["samples/unjudged"] > 0

@@ -31,10 +31,7 @@ class Table:
     def score(self, items):
         self.asked.append([(p.id, text) for p, text in items])
         self.threads.add(threading.get_ident())
-        return [
-            Verdict(None, "timeout") if text.startswith("(") else Verdict(0.0, "no_answer") if not text else Verdict(int(text[0]) / 9)
-            for _, text in items
-        ]
+        return [Verdict(None, "timeout") if text.startswith("(") else Verdict(0.0, "no_answer") if not text else Verdict(int(text[0]) / 9) for _, text in items]
 
 
 def make_io(reply, *, group=3, more=None, limit=8, step=1, seed=0):

@@ -2,7 +2,8 @@
 
 Common keywords: `kl` is the coefficient of a KL penalty to the starting model inside the loss (0 = no reference model is made) in the
 form `kl_form` (k1 has no useful gradient there, see losses.kl_k1, and is refused), `entropy` the coefficient of an entropy bonus,
-`mismatch` "truncate" or "mask" multiplies the policy loss by the engine-mismatch weights of losses.mismatch with cap `mismatch_max`.
+`mismatch` multiplies the policy loss by the engine-mismatch weights of losses.mismatch, one a token or one a sequence, truncated at
+`mismatch_max` or masked beyond it (2.0 for token_truncate and 3.0 for sequence_mask are OUR CHOICE).
 `mask_truncated`: completions cut by the length limit train nothing. `std_eps` is OUR CHOICE (verl's; TRL 1e-4).
 """
 
@@ -17,7 +18,7 @@ from llmrl.rollout import dynamic_groups, sample_groups
 from llmrl.rules.base import Needs, Over, Rule, Term
 
 KL = Literal["k2", "k3"]
-Mismatch = Literal["truncate", "mask"]
+Mismatch = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 _NOTHING = Needs()
@@ -30,7 +31,8 @@ def _rule(
 ) -> Rule:  # fmt: skip
     """The common skeleton: policy term, then KL and entropy terms where their coefficient is not 0, all reduced alike."""
     if mismatch is not None:
-        fn = losses.mismatch(fn, mismatch, ratio_max=mismatch_max)
+        per, how = mismatch.split("_")
+        fn = losses.mismatch(fn, how, ratio_max=mismatch_max, over="token" if per == "token" else "sample")  # type: ignore[arg-type]
     terms = [Term(fn, over=over, budget=budget)]
     if kl:
         terms.append(Term({"k2": losses.kl_k2, "k3": losses.kl_k3}[kl_form](), over=over, budget=budget, coef=kl))
@@ -44,16 +46,18 @@ def _rule(
 
 
 def grpo(
-    *, low: float = 0.2, high: float = 0.2, std_eps: float = 1e-6, kl: float = 0.0, kl_form: KL = "k3", entropy: float = 0.0,
-    mismatch: Mismatch | None = None, mismatch_max: float = 2.0, mask_truncated: bool = False,
+    *, low: float = 0.2, high: float = 0.2, scale: Literal["group", "batch"] = "group", std_eps: float = 1e-6, kl: float = 0.0,
+    kl_form: KL = "k3", entropy: float = 0.0, mismatch: Mismatch | None = None, mismatch_max: float = 2.0, mask_truncated: bool = False,
 ) -> Rule:  # fmt: skip
     """Group-relative advantages, per-token clipping, mean over each completion and then over completions. arXiv:2402.03300.
 
     A_i = (R_i - mean_group) / (std_group + std_eps), std with ddof 1;  loss = mean_i (1/|o_i|) sum_t clip(r_t, A_i) + kl * k3
+    scale "batch" divides by the deviation of the whole batch instead (arXiv:2508.08221, as in TRL).
     Differs from the paper: the clip range is not published there (0.2 is OUR CHOICE, PPO's); kl defaults to 0 (paper: 0.04).
     """
+    divide = c.scale(eps=std_eps) if scale == "group" else c.scale_batch(eps=std_eps)
     return _rule(
-        losses.pg_clip(low, high), (c.center(), c.scale(eps=std_eps)), "sample", kl=kl, kl_form=kl_form, entropy=entropy, mismatch=mismatch,
+        losses.pg_clip(low, high), (c.center(), divide), "sample", kl=kl, kl_form=kl_form, entropy=entropy, mismatch=mismatch,
         mismatch_max=mismatch_max, mask_truncated=mask_truncated,
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ def loss(rule, adv=(1.0, -1.0), width=8, logp=LOGP, old=OLD):
         (family.dr_grpo(), 0.062291),
         (family.dapo(), 0.130952),
         (family.dapo(high=0.2), 0.142380),
-        (family.dapo(mismatch="truncate"), 0.232521),
+        (family.dapo(mismatch="token_truncate"), 0.232521),
         (family.gspo(), -0.000350),
         (family.cispo(ratio_max=1.28), -0.176156),
         (family.dapo(kl=0.5), 0.130952 + 0.5 * 0.004749),
