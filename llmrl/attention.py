@@ -19,11 +19,34 @@ NAME = "llmrl"
 Kernel = Literal["sdpa", "math"]
 
 
+SCORES = 1 << 24
+"""Attention scores (rows x heads x L x L) up to which the CPU's bf16 path holds them all; 64 MB in fp32."""
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, kernel: Kernel, **how: Any) -> Tensor:
     if kernel == "math":
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, scale=scale, **how)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and how.get("is_causal"):
+        if q.shape[0] * q.shape[1] * q.shape[2] ** 2 <= SCORES:
+            return _short(q, k, v, scale)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale, **how).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, scale=scale, **how)
+
+
+def _short(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention in bf16 on a CPU: scores and softmax in fp32, the product with the values in bf16.
+
+    The query heads that share a key head become further queries of it. Forward and backward take 4.5 ms where torch's bf16 kernel takes
+    12 (8 rows, 9:3 heads, L = 109, D = 64, 2 cores); relative errors against fp64 are 2.2e-3 (output) and 2.9e-3 (gradients), its 1.9e-3
+    and 3.1e-3 to 5.1e-3.
+    """
+    R, H, L, D = q.shape
+    K = k.shape[1]
+    scores = (q.reshape(R, K, H // K * L, D).float() @ k.float().transpose(-1, -2)).mul(scale).view(R, K, H // K, L, L)
+    hide = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
+    p = scores.masked_fill(hide, -torch.inf).softmax(-1).to(v.dtype).view(R, K, H // K * L, L)
+    return (p @ v).view(R, H, L, D)
 
 
 class PackPlan:

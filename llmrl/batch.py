@@ -216,14 +216,16 @@ def _where_weighted(out: Outputs, w: Tensor) -> Outputs:
 
 
 def token_metrics(batch: TokenBatch, out: Outputs, terms: Sequence[Term]) -> dict[str, float]:
-    """Sums over this micro-batch's policy tokens, to be added up and divided by "n" (except the maximum)."""
+    """Sums over this micro-batch's policy tokens, to be added up and divided by "n" (except the maxima)."""
     if "policy" not in batch.weight:
         return {}
     with torch.no_grad():
         on = batch.weight["policy"] > 0
-        gap = (out.logp_T - batch.behavior_logp_T)[on & ~batch.behavior_logp_T.isnan()].abs()  # a NaN of logp stays: it is an alarm
+        over = (out.logp_T - batch.behavior_logp_T)[on & ~batch.behavior_logp_T.isnan()]  # a NaN of logp stays: it is an alarm
+        gap = over.abs()
         d = (out.logp_T - out.old_logp_T)[on]
         row = {"n": float(on.sum()), "n_gap": float(len(gap)), "gap": float(gap.sum()), "gap_max": float(gap.max()) if len(gap) else 0.0}
+        row["over_max"] = float(over.max()) if len(over) else 0.0
         row["kl_old"] = float((torch.exp(-d) + d - 1).sum())
         if out.entropy_T is not None:
             row["entropy"] = float(out.entropy_T[on].sum())

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from llmrl import plugins
-from llmrl.batch import pack
+from llmrl.batch import pack, token_metrics
 from llmrl.config import LoadedRecipe
+from llmrl.learner import RunFailed
 from llmrl.records import Prompt, Sample
 from llmrl.rollout import RolloutIO
 from llmrl.session import Session, open_session
 from llmrl.sft import demonstration
-from llmrl.step import gap_limit
+from llmrl.step import check_gap, gap_limit
 
 GOLD_ROWS = 64
 """Rows whose gold answer is fed to the verifier."""
@@ -143,12 +144,15 @@ def _rollout(session: Session) -> Iterator[Finding]:
     told = "; ".join(f"{s.text.strip()[:60]!r} -> {s.reward}" for s in samples[:3])
     mean = sum(rewards) / max(1, len(rewards))
     yield Finding("a rollout", unjudged == 0, f"{len(samples)} samples of {len(groups)} prompts, mean reward {mean:.2f}, {unjudged} unjudged: {told}")
-    gap = 0.0
+    metrics: dict[str, float] = {}
     with torch.no_grad():
         for batch in pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=r.batch.tokens):
             batch = batch.to(session.policy.device)
             out = session.learner.forward(batch, session.rule.needs)
-            gap = max(gap, float((out.logp_T - batch.behavior_logp_T).abs().nan_to_num(0.0).max()))
-    limit = gap_limit(session)
-    told = "not applied: top-p, top-k or min-p cut the distribution" if limit is None else f"limit {limit:g}"
-    yield Finding("learner and engine agree", limit is None or gap <= limit, f"max |logp - behavior_logp| = {gap:.3g} nats ({told})")
+            for name, value in token_metrics(batch, out, session.rule.loss).items():
+                metrics[name] = max(metrics.get(name, value), value)
+    try:
+        check_gap(session, metrics, 0)
+        yield Finding("learner and engine agree", True, f"max |logp - behavior_logp| = {metrics.get('gap_max', 0.0):.3g} nats (limit {gap_limit(session):g})")
+    except RunFailed as e:
+        yield Finding("learner and engine agree", False, str(e))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -166,11 +166,14 @@ class PromptStream:
     def _at(self, position: int) -> Prompt:
         epoch, index = divmod(position, len(self.prompts))
         if not self.shuffle:
-            return self.prompts[index]
+            return self._visited(index, epoch)
         if self._order is None or epoch != self._epoch:
             words = np.random.Philox(key=[self.seed % 2**64, epoch]).random_raw(len(self.prompts))
             self._epoch, self._order = epoch, np.argsort(words, kind="stable")
-        return self.prompts[int(self._order[index])]
+        return self._visited(int(self._order[index]), epoch)
+
+    def _visited(self, index: int, epoch: int) -> Prompt:
+        return replace(self.prompts[index], visit=epoch) if epoch else self.prompts[index]
 
     def state_dict(self) -> dict[str, Any]:
         """The same on every rank, and good for any number of ranks."""

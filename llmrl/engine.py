@@ -63,8 +63,8 @@ class TableEngine:
         for r in requests:
             said = self.reply(r)
             ids = self.chat.completion_ids(said) if isinstance(said, str) else list(said)
-            finish = "length" if len(ids) > r.sampling.max_new_tokens else "stop"
             ids = ids[: r.sampling.max_new_tokens]
+            finish = "stop" if ids and ids[-1] == self.chat.tokenizer.eos_token_id else "length"
             done.append(Completion(ids, [self.logp] * len(ids), finish, self.policy_version, self.chat.text(ids)))
         return done
 

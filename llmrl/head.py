@@ -22,7 +22,7 @@ def head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None = No
     else:
         high = hidden_ND @ weight_VD.T
         low = torch.addmm(high, hidden_ND, weight_VD.T, beta=-1)  # exact product minus `high`, summed in fp32 before it is rounded
-        logits = high.float() + low.float()
+        logits = high.float().add_(low)
     return logits if bias_V is None else logits + bias_V.to(logits.dtype)
 
 
@@ -33,7 +33,8 @@ def head_logp(
     """Log-prob of each target, and the entropy of each distribution if asked for: ([T], [T] or None), fp32, differentiable.
 
     The distribution is softmax(logits / temperature) without the banned ids: the one that the engine samples from.
-    Chunks of `chunk` tokens are recomputed in the backward pass.
+    Chunks of `chunk` tokens are recomputed in the backward pass; where there is only one, its probabilities are kept instead, in the
+    model's dtype (in which the gradient's products run anyway).
     """
     logp_T, entropy_T = _HeadLogp.apply(hidden_TD, weight_VD, bias_V, target_T, temperature, banned_ids, chunk, entropy)  # type: ignore[misc]
     return logp_T, entropy_T if entropy else None
@@ -57,32 +58,36 @@ class _HeadLogp(torch.autograd.Function):
         out = torch.float64 if weight.dtype == torch.float64 else torch.float32
         lse = torch.empty(len(target), dtype=out, device=hidden.device)
         logp, ent = torch.empty_like(lse), torch.zeros_like(lse)
+        kept = None
         for a in range(0, len(target), chunk):
             b = a + chunk
             logits = _scaled(hidden[a:b], weight, bias, temperature, banned)
             lse[a:b] = logits.logsumexp(-1)
             logp[a:b] = logits.gather(1, target[a:b, None])[:, 0] - lse[a:b]
-            if entropy:
+            if entropy or (len(target) <= chunk and any(ctx.needs_input_grad)):
                 logits.sub_(lse[a:b, None])
+            if entropy:
                 ent[a:b] = -(logits.exp() * logits.clamp(min=-1e4)).sum(-1)  # the clamp turns 0 * -inf of banned ids into 0
-        ctx.save_for_backward(hidden, weight, bias, target, lse, ent)
+            elif len(target) <= chunk and any(ctx.needs_input_grad):
+                kept = logits.exp_().to(weight.dtype)
+        ctx.save_for_backward(hidden, weight, bias, target, lse, ent, kept)
         ctx.how = temperature, banned, chunk, entropy
         return logp, ent
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         g_logp, g_ent = grads
-        hidden, weight, bias, target, lse, ent = ctx.saved_tensors
+        hidden, weight, bias, target, lse, ent, kept = ctx.saved_tensors
         temperature, banned, chunk, entropy = ctx.how
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device) if ctx.needs_input_grad[1] else None
+        d_weight: Tensor | None = None
         d_bias = torch.zeros(bias.shape, dtype=lse.dtype, device=bias.device) if bias is not None and ctx.needs_input_grad[2] else None
         for a in range(0, len(target), chunk):
             b = min(a + chunk, len(target))
-            logp = _scaled(hidden[a:b], weight, bias, temperature, banned).sub_(lse[a:b, None])
-            p = logp.exp()
+            logp = _scaled(hidden[a:b], weight, bias, temperature, banned).sub_(lse[a:b, None]) if kept is None else None
+            p = kept if logp is None else logp.exp()
             d = p * -g_logp[a:b, None]
-            if entropy:
+            if entropy and logp is not None:
                 d -= p * (logp.clamp(min=-1e4) + ent[a:b, None]) * g_ent[a:b, None]
             d[torch.arange(b - a, device=d.device), target[a:b]] += g_logp[a:b]
             if temperature != 1.0:
@@ -91,8 +96,9 @@ class _HeadLogp(torch.autograd.Function):
                 d_bias += d.sum(0)
             d = d.to(weight.dtype)
             d_hidden[a:b] = d @ weight
-            if d_weight is not None:
-                d_weight += d.T @ hidden[a:b]
+            if ctx.needs_input_grad[1]:
+                part = d.T @ hidden[a:b]
+                d_weight = part if len(target) <= chunk else part.to(lse.dtype) if d_weight is None else d_weight.add_(part)
         return (
             d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None if d_bias is None or bias is None else d_bias.to(bias.dtype),
             None, None, None, None, None,

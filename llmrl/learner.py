@@ -33,7 +33,8 @@ class RunFailed(Exception):
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """Learning rate of 0-based `step` of `steps`: linear warm-up, then constant, linear or cosine down to lr * lr_end."""
+    """Learning rate of 0-based `step` of `steps`: constant, or falling from the first step to lr * lr_end at the last (linear or cosine),
+    times a linear warm-up over the first warmup_steps."""
     warm = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
     done = step / max(1, steps - 1)
     shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[optim.schedule]

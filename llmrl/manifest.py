@@ -61,8 +61,6 @@ def _version(package: str) -> str | None:
 def check_resume(loaded: LoadedRecipe) -> None:
     """Refuses to resume under another recipe or another plug-in source; names every difference."""
     path = Path(loaded.recipe.run.dir) / "manifest.json"
-    if not path.is_file():
-        raise InputError(f"--resume: {path.parent} holds no run (no manifest.json); start it without --resume")
     then = json.loads(path.read_text(encoding="utf-8"))
     old, new = _flat(then["recipe"]), _flat(loaded.recipe.model_dump(mode="json"))
     changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k) and not k.startswith(MAY_CHANGE)]

@@ -11,6 +11,8 @@ class Memory:
     """name -> prompt id -> list of JSON-able entries, oldest first, at most `cap` of them."""
 
     def __init__(self, cap: int = 16):
+        if cap < 1:
+            raise ValueError(f"cap is {cap}; it must be at least 1")
         self.cap = cap
         self._store: dict[str, dict[str, list[Any]]] = {}
 

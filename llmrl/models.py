@@ -1,7 +1,7 @@
 """Loading a policy: any transformers causal LM, a GGUF file, SmolLM2 from its PyPI wheel, or a tiny Llama made on the spot.
 
 `Policy` is the model as the learner and the engine use it: packed forward, vocabulary head in fp32, and the ids that can never be
-sampled (padding, begin of text), which are left out of the softmax on both sides.
+sampled (padding, begin of text, unknown), which are left out of the softmax on both sides.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Policy:
     stop_ids: frozenset[int]
     """A completion ends with one of these."""
     banned_ids: tuple[int, ...]
-    """Never sampled, and outside the softmax: padding and begin-of-text, where they are no stop ids."""
+    """Never sampled, and outside the softmax: padding, begin-of-text and unknown (text that no verifier would see), where they are no stop ids."""
     kernel: Kernel = "sdpa"
 
     @property
@@ -119,9 +119,10 @@ def load_policy(cfg: Model, *, base: Path = Path("."), seed: int = 0, device: to
     if model.config._attn_implementation != NAME:
         raise InputError(f"model.path: {type(model).__name__} does not take attention functions through transformers' AttentionInterface")
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     stop = _stop_ids(model, tokenizer)
-    never = {i for i in (tokenizer.pad_token_id, tokenizer.bos_token_id) if i is not None} - stop
+    never = {i for i in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id) if i is not None} - stop
     policy = Policy(model, Chat(tokenizer), frozenset(stop), tuple(sorted(never)), cfg.attention)
     policy.self_test()
     return policy

@@ -31,6 +31,13 @@ class Prompt:
     """The gold answer; None where the row has none (a verifier that needs it then returns status "error")."""
     meta: dict[str, Any] = field(default_factory=dict)
     """The other columns of the row, and `solution` where there is one."""
+    visit: int = 0
+    """How often the training stream has been through the dataset before: the same prompt again is another visit, on whatever rank."""
+
+    @property
+    def visit_id(self) -> str:
+        """Names this visit: the id, with ~1, ~2, ... from the second time on. The random streams of its samples hang on it."""
+        return f"{self.id}~{self.visit}" if self.visit else self.id
 
     @property
     def text(self) -> str:

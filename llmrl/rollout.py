@@ -38,8 +38,6 @@ class RolloutIO:
     """the next n prompts of this rank, for rules that refill; they count as used"""
     seconds: Counter[str] = field(default_factory=Counter)
     """wall time spent in "generate" and "score" """
-    uses: Counter[str] = field(default_factory=Counter)
-    """how often each prompt id was sampled this step, so that a second visit gets other random numbers"""
 
     def sample(self, contexts: Sequence[Sequence[int]], keys: Sequence[tuple[int | str, ...]], sampling: Sampling | None = None) -> list[Completion]:
         """One completion a context. `keys` name the random streams within the step, e.g. (prompt id, sample index)."""
@@ -88,26 +86,23 @@ async def sample_groups(prompts: Sequence[Prompt], io: RolloutIO, *, mask_trunca
     mask_truncated: samples cut by the length limit keep their place in the group's statistics but train nothing (DAPO's overlong
     filtering, arXiv:2503.14476 section 3.4).
     """
-    visits = []
-    for p in prompts:
-        visits.append(f"{p.id}~{io.uses[p.id]}" if io.uses[p.id] else p.id)
-        io.uses[p.id] += 1
     contexts = [io.chat.prompt_ids(p.messages) for p in prompts]
     jobs = [(g, i) for g in range(len(prompts)) for i in range(io.group)]
-    done = io.sample([contexts[g] for g, _ in jobs], [(visits[g], i) for g, i in jobs])
+    done = io.sample([contexts[g] for g, _ in jobs], [(prompts[g].visit_id, i) for g, i in jobs])
     verdicts = await io.verify([(prompts[g], c.text) for (g, _), c in zip(jobs, done, strict=True)])
     groups = [Group(p, []) for p in prompts]
     for (g, i), c, v in zip(jobs, done, verdicts, strict=True):
-        groups[g].samples.append(make_sample(f"{visits[g]}/{i}", visits[g], contexts[g], c, v, mask_truncated=mask_truncated))
+        groups[g].samples.append(make_sample(prompts[g], i, contexts[g], c, v, mask_truncated=mask_truncated))
     return groups
 
 
-def make_sample(id: str, prompt_id: str, context_ids: Sequence[int], c: Completion, v: Verdict, *, mask_truncated: bool = False) -> Sample:
-    """A Sample of role "policy" from a completion and its verdict. Unjudged: reward None and weight 0."""
+def make_sample(prompt: Prompt, i: int, context_ids: Sequence[int], c: Completion, v: Verdict, *, mask_truncated: bool = False) -> Sample:
+    """Sample i of a prompt, role "policy", from a completion and its verdict. Unjudged: reward None and weight 0."""
     on = v.score is not None and not (mask_truncated and c.finish == "length")
     return Sample(
-        id=id, prompt_id=prompt_id, context_ids=list(context_ids), token_ids=c.token_ids, behavior_logp=c.logprobs, policy_version=c.policy_version,
-        text=c.text, finish=c.finish, verdict=v, reward=v.score, weights={"policy": 1.0 if on else 0.0},
+        id=f"{prompt.visit_id}/{i}", prompt_id=prompt.id, cohort=prompt.visit_id, context_ids=list(context_ids), token_ids=c.token_ids,
+        behavior_logp=c.logprobs, policy_version=c.policy_version, text=c.text,
+        finish=c.finish, verdict=v, reward=v.score, weights={"policy": 1.0 if on else 0.0},
     )  # fmt: skip
 
 

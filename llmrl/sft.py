@@ -11,7 +11,7 @@ from llmrl.data import PromptStream
 from llmrl.learner import Learner, learning_rate
 from llmrl.losses import ce
 from llmrl.recipe import Optim
-from llmrl.records import Prompt, Sample
+from llmrl.records import InputError, Prompt, Sample
 from llmrl.rules.base import Needs, Term
 
 TERMS = (Term(ce(), weight="sft", name="sft"),)
@@ -35,12 +35,14 @@ def supervise(
     The loss is the mean over all solution tokens of the step, all ranks, in nats. The temperature is 1 whatever the rollouts use.
     """
     world, rank = learner.accelerator.num_processes, learner.accelerator.process_index
+    if examples % world:
+        raise InputError(f"warm_start.examples = {examples} cannot be shared by {world} processes evenly")
     stream = PromptStream(prompts, seed=seed, rank=rank, world=world)
     temperature, learner.temperature = learner.temperature, 1.0
     learner.start(optim)
     try:
         for step in range(steps):
-            samples = [demonstration(p, learner) for p in stream.take(max(1, examples // world))]
+            samples = [demonstration(p, learner) for p in stream.take(examples // world)]
             denominators = global_denominators(samples, TERMS, max_new_tokens=1, all_sum=learner.all_sum)
             total = 0.0
             for batch in pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=tokens, groups=range(len(samples))):

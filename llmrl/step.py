@@ -116,13 +116,12 @@ def learn(session: Session, groups: Sequence[Group], samples: Sequence[Sample], 
                 loss, shares = evaluate_terms(rule.loss, batch, out, denominators)
                 learner.backward(loss)
                 metrics = token_metrics(batch, out, rule.loss)
-                metrics["padding"] = float(batch.index_RL.numel())
                 metrics["trained"] = float(len(batch.ids_P))
                 if first:
-                    _check_gap(session, metrics.get("gap_max", 0.0), step)
+                    check_gap(session, metrics, step)
                     gap_max = metrics.get("gap_max", 0.0)
                 first = False
-                sums.update({k: v for k, v in metrics.items() if k != "gap_max"})  # type: ignore[arg-type]
+                sums.update({k: v for k, v in metrics.items() if k not in ("gap_max", "over_max")})  # type: ignore[arg-type]
                 sums.update({f"loss/{k}": v for k, v in shares.items()})  # type: ignore[arg-type]
             norms.append(learner.update(lr))
     return _loss_row(learner, rule, sums, gap_max, norms, lr)
@@ -147,23 +146,23 @@ def _loss_row(learner: Learner, rule: Rule, sums: Counter[str], gap_max: float, 
     return row
 
 
-def gap_limit(session: Session) -> float | None:
+def gap_limit(session: Session) -> float:
     """Largest |logp - behavior_logp| (nats) that is no alarm: checks.max_logp_gap, by default 1e-3 in float32 and 2 in bfloat16.
 
     In bf16 batches of other shapes round differently, which is worth up to 0.6 nats on unlikely tokens (SmolLM2, measured); a wrong
-    context or a padding token that was sampled shows as 4 and more. None where top-p, top-k or min-p cut the distribution that the
-    engine samples from: the gap is wanted there, and rho corrects it.
+    context or a padding token that was sampled shows as 4 and more.
     """
-    s = session.sampling
-    if s.top_p < 1 or s.top_k or s.min_p:
-        return None
     return session.recipe.checks.max_logp_gap or (2.0 if session.policy.model.dtype == torch.bfloat16 else 1e-3)
 
 
-def _check_gap(session: Session, gap: float, step: int) -> None:
-    """The alarm: on the first micro-batch the learner must agree with the engine, or one of them sees another context or other weights."""
-    limit = gap_limit(session)
-    if limit is not None and not gap <= limit:  # a NaN is an alarm too
+def check_gap(session: Session, metrics: dict[str, float], step: int) -> None:
+    """The alarm: on the first micro-batch the learner must agree with the engine, or one of them sees another context or other weights.
+
+    Where top-p, top-k or min-p cut the distribution that the engine samples from, its log-probs are the larger ones: one-sided then.
+    """
+    s, limit = session.sampling, gap_limit(session)
+    gap = metrics.get("over_max" if s.top_p < 1 or s.top_k or s.min_p else "gap_max", 0.0)
+    if not gap <= limit:  # a NaN is an alarm too
         raise RunFailed(
             f"step {step}: learner and engine disagree by {gap:.4g} nats on a sampled token (limit {limit:g}, checks.max_logp_gap): the engine has "
             "other weights, another temperature, or tokens are trained under another context than they were sampled in"

@@ -17,7 +17,7 @@ from llmrl.manifest import check_resume, write_manifest
 from llmrl.metrics import MetricLog
 from llmrl.records import InputError
 from llmrl.samples import read_rows, sample_rows, step_path, write_rows
-from llmrl.session import Session, open_session, run_folder
+from llmrl.session import Session, check_run_folder, make_run_folder, open_session
 from llmrl.sft import supervise
 from llmrl.step import run_step
 
@@ -37,12 +37,14 @@ def train(loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False
     """Runs a recipe to its end and returns what summary.json holds. Raises InputError (refused) or RunFailed (stopped)."""
     console = console or Console()
     began = time.perf_counter()
+    check_run_folder(loaded, resume=resume, overwrite=overwrite)
     if resume:
         check_resume(loaded)
     session = open_session(loaded)
     try:
-        folder = run_folder(loaded, resume=resume, overwrite=overwrite) if session.rank == 0 else Path(loaded.recipe.run.dir)
+        folder = Path(loaded.recipe.run.dir)
         if session.rank == 0 and not resume:
+            make_run_folder(loaded, overwrite=overwrite)
             write_manifest(folder, session)  # before any other file: a run killed at any moment from here on can be resumed
         session.accelerator.wait_for_everyone()
         run = Run(session, folder, console)
@@ -59,10 +61,12 @@ def warm_start_only(loaded: LoadedRecipe, *, overwrite: bool = False, console: C
     if loaded.recipe.warm_start is None:
         raise InputError(f"{loaded.path}: no [warm_start] section; llmrl sft runs that section")
     began = time.perf_counter()
+    check_run_folder(loaded, resume=False, overwrite=overwrite)
     session = open_session(loaded)
     try:
-        folder = run_folder(loaded, resume=False, overwrite=overwrite) if session.rank == 0 else Path(loaded.recipe.run.dir)
+        folder = Path(loaded.recipe.run.dir)
         if session.rank == 0:
+            make_run_folder(loaded, overwrite=overwrite)
             write_manifest(folder, session)
         session.accelerator.wait_for_everyone()
         run = Run(session, folder, console or Console())

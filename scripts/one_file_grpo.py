@@ -112,11 +112,11 @@ def spread_out(values: list[list[float]], mask: Tensor) -> Tensor:
 
 def loss_and_grads(
     model: LlamaForCausalLM, rows: list[Row], adv: list[float], old_logp: list[list[float]], low: float, high: float, reduction: str,
-    *, budget: int = 1, pad_to: int = 0,
+    *, budget: int = 1, pad_to: int = 0, banned: tuple[int, ...] = (PAD, BOS),
 ) -> tuple[float, dict[str, Tensor]]:  # fmt: skip
     """Loss of one batch, and its gradient by every parameter. Changes no weight."""
     model.zero_grad(set_to_none=True)
-    logp, mask = token_logp(model, rows, pad_to)
+    logp, mask = token_logp(model, rows, pad_to, banned)
     loss = policy_loss(logp, spread_out(old_logp, mask), torch.tensor(adv, dtype=mask.dtype), mask, low, high, reduction, budget)
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -28,7 +28,7 @@ def make_samples(prompts=5, group=4, *, seed=0, weights=True):
         context = [1, *(rng.randrange(4, 23) for _ in range(rng.randrange(1, 14)))]
         for i in range(group):
             n = rng.randrange(1, 12)
-            s = Sample(f"p{g}/{i}", f"p{g}", context, [rng.randrange(2, 23) for _ in range(n)], [-rng.random() for _ in range(n)], 0)
+            s = Sample(f"p{g}/{i}", f"p{g}", context, [rng.choice([2, *range(4, 23)]) for _ in range(n)], [-rng.random() for _ in range(n)], 0)
             s.reward = rng.random()
             if weights:
                 s.weights = {"policy": rng.choice([0.0, 0.25, 1.0, 1.0]), "sft": rng.choice([0.0, 0.5])}
@@ -234,7 +234,7 @@ def test_token_metrics_by_hand():
     m = token_metrics(batch, out, [POLICY])
     k3 = (torch.tensor(-0.3).exp() + 0.3 - 1) + (torch.tensor(0.3).exp() - 0.3 - 1)
     assert m == pytest.approx(
-        {"n": 3, "n_gap": 2, "gap": 0.5, "gap_max": 0.5, "kl_old": float(k3), "entropy": 3.0, "kl_ref": 0.0048374, "clipped": 2}, abs=1e-6
+        {"n": 3, "n_gap": 2, "gap": 0.5, "gap_max": 0.5, "over_max": 0.5, "kl_old": float(k3), "entropy": 3.0, "kl_ref": 0.0048374, "clipped": 2}, abs=1e-6
     )
 
 

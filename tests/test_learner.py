@@ -83,7 +83,7 @@ def assert_near(a, b, tolerance):
 
 def test_first_update_equals_reinforce():
     """Gradient and weights after one AdamW step, both by hand: the mean over samples of the mean over tokens of -A logp."""
-    learner = make_learner(temperature=TEMPERATURE, optim=Optim(lr=1e-2, clip_norm=0.5, weight_decay=0.1, eps=1e-3, betas=(0.9, 0.95)))
+    learner = make_learner(temperature=TEMPERATURE, optim=Optim(lr=1e-2, clip_norm=0.25, weight_decay=0.1, eps=1e-3, betas=(0.9, 0.95)))
     samples, adv = sampled(learner)
     model = eager_copy(learner)
     by_hand = sum(-(a * eager_logp(model, learner.policy, s, TEMPERATURE)).mean() for s, a in zip(samples, adv, strict=True)) / len(samples)
@@ -93,11 +93,11 @@ def test_first_update_equals_reinforce():
     assert_near({n: p.grad for n, p in learner.params}, want, 1e-4)
 
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in want.values()))
-    assert norm > 0.5  # else nothing is clipped
+    assert norm > 0.25  # else nothing is clipped
     assert learner.update(3e-3) == pytest.approx(norm, rel=1e-5)
     assert learner.version == 1
     for name, p in model.named_parameters():
-        g = p.grad * 0.5 / norm
+        g = p.grad * 0.25 / norm
         new = p.detach() * (1 - 3e-3 * 0.1) - 3e-3 * g / (g.abs() + 1e-3)  # first AdamW step: m / (sqrt(v) + eps) with bias correction
         assert torch.allclose(dict(learner.params)[name], new, atol=1e-6), name
 
@@ -125,7 +125,7 @@ def test_temperature_enters_the_log_probs(temperature):
         assert torch.allclose(out.logp_T[at : at + len(want)].detach(), want, atol=1e-5)
         at += len(want)
     s = samples[batch.sample_index[0]]
-    logits = model(torch.tensor([s.context_ids])).logits[0, -1].detach().double()[2:] / temperature
+    logits = model(torch.tensor([s.context_ids])).logits[0, -1].detach().double()[[2, *range(4, 23)]] / temperature
     assert float(out.entropy_T[0].detach()) == pytest.approx(float(-(logits.softmax(0) * logits.log_softmax(0)).sum()), abs=1e-5)
 
 

@@ -69,7 +69,8 @@ def make_samples():
     vocab = 4 + len(ALPHABET)
 
     def ids(n):
-        return torch.randint(2, vocab, (n,), generator=g).tolist()
+        some = torch.randint(3, vocab, (n,), generator=g)
+        return some.where(some > 3, 2).tolist()  # never <unk> (3), which cannot be sampled
 
     samples = []
     for k, (length, group) in enumerate([(1, 3), (6, 4), (9, 1), (3, 4), (6, 2)]):
@@ -104,7 +105,7 @@ def ours(policy, parts, adv, term, tokens, *, chunk=1024, whole_groups=False):
 def theirs(plain, pairs, over, pad_to=0):
     rows = [(s.context_ids, s.token_ids) for s, _ in pairs]
     old = [s.streams["old_logp"] for s, _ in pairs]
-    return oracle.loss_and_grads(plain, rows, [a for _, a in pairs], old, 0.2, 0.28, over, budget=BUDGET, pad_to=pad_to)
+    return oracle.loss_and_grads(plain, rows, [a for _, a in pairs], old, 0.2, 0.28, over, budget=BUDGET, pad_to=pad_to, banned=(0, 1, 3))
 
 
 def agree(mine, want):

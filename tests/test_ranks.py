@@ -15,7 +15,7 @@ from llmrl.samples import read_rows
 
 REPO = Path(__file__).parents[1]
 RECIPE = """
-seed = 3
+seed = 4
 steps = 3
 model = { path = "tiny", tiny = { hidden = 32, layers = 2, heads = 4, kv_heads = 2, ffn = 64 } }
 data = { path = "./rows.jsonl", shuffle = false, holdout = 0 }

@@ -4,12 +4,14 @@ import asyncio
 import json
 import math
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from llmrl.chat import Chat, char_tokenizer
+from llmrl.data import PromptStream
 from llmrl.engine import TableEngine
 from llmrl.hf_engine import HFEngine
 from llmrl.memory import Memory
@@ -86,16 +88,18 @@ def test_mask_truncated_keeps_the_reward_and_takes_the_weight():
 
 def test_make_sample_keeps_the_numbers_of_the_completion():
     c = Completion([4, 5], [-0.1, -0.2], "stop", 7, "01")
-    s = make_sample("a/0", "a", (1, 2), c, Verdict(0.5, answer="x"))
+    s = make_sample(replace(PROMPTS[0], visit=2), 3, (1, 2), c, Verdict(0.5, answer="x"))
+    assert (s.id, s.prompt_id, s.cohort) == ("p0~2/3", "p0", "p0~2")
     assert (s.context_ids, s.token_ids, s.behavior_logp, s.policy_version, s.text, s.reward) == ([1, 2], [4, 5], [-0.1, -0.2], 7, "01", 0.5)
 
 
 def test_the_same_prompt_twice_gets_other_random_numbers():
-    """Within a step, in one call or in two: its own keys, ids and cohorts."""
+    """Another epoch of the stream is another visit, whichever rank draws it: its own keys, ids and cohorts."""
     seen = []
     io = make_io(lambda name, i: seen.append((name, i)) or "1", group=2)
-    first = run(sample_groups, [PROMPTS[0], PROMPTS[1], PROMPTS[0]], io)
-    second = run(sample_groups, [PROMPTS[0]], io)
+    stream = PromptStream(PROMPTS[:2], seed=0, shuffle=False)
+    first = run(sample_groups, stream.take(3), io)
+    second = run(sample_groups, [p for p in stream.take(2) if p.id == "p0"], io)
     assert seen == [(n, i) for n in ("p0", "p1", "p0~1", "p0~2") for i in range(2)]
     names = [s.id for g in first + second for s in g.samples]
     assert len(set(names)) == 8 and {s.cohort for s in second[0].samples} == {"p0~2"}
@@ -105,13 +109,13 @@ def test_the_same_prompt_twice_gets_other_random_numbers():
 def test_the_same_prompt_twice_with_a_model():
     policy = tiny_policy(hidden=32, layers=1, ffn=32)
     io = RolloutIO(HFEngine(policy), Constant(), policy.chat, Memory(), Sampling(20), 3, (0, 1))
-    a, b = run(sample_groups, [PROMPTS[0], PROMPTS[0]], io)
+    a, b = run(sample_groups, PromptStream(PROMPTS[:1], seed=0).take(2), io)
     texts = [tuple(s.token_ids) for s in a.samples + b.samples]
     assert len(set(texts)) == 6
     again = RolloutIO(HFEngine(policy), Constant(), policy.chat, Memory(), Sampling(20), 3, (0, 1))
-    assert [tuple(s.token_ids) for g in run(sample_groups, [PROMPTS[0]] * 2, again) for s in g.samples] == texts
+    assert [tuple(s.token_ids) for g in run(sample_groups, PromptStream(PROMPTS[:1], seed=0).take(2), again) for s in g.samples] == texts
     other = RolloutIO(HFEngine(policy), Constant(), policy.chat, Memory(), Sampling(20), 3, (0, 2))
-    assert not {tuple(s.token_ids) for g in run(sample_groups, [PROMPTS[0]] * 2, other) for s in g.samples} & set(texts)
+    assert not {tuple(s.token_ids) for g in run(sample_groups, PromptStream(PROMPTS[:1], seed=0).take(2), other) for s in g.samples} & set(texts)
 
 
 class Constant:
@@ -196,7 +200,7 @@ def test_with_one_sample_a_prompt_all_are_kept():
 
 
 def test_a_refill_that_meets_a_prompt_again_is_a_new_visit():
-    io = make_io(lambda name, i: "9" if name == "p0~1" and i == 2 else "0", more=lambda n: [PROMPTS[0]] * n)
+    io = make_io(lambda name, i: "9" if name == "p0~1" and i == 2 else "0", more=lambda n: [replace(PROMPTS[0], visit=1)] * n)
     (group,) = run(dynamic_groups, PROMPTS[:1], io)
     assert group.prompt.id == "p0" and [s.id for s in group.samples] == ["p0~1/0", "p0~1/1", "p0~1/2"]
 
@@ -226,8 +230,6 @@ def test_other_sampling_for_a_phase():
     io = make_io(lambda *_: "123")
     hot = with_sampling(io, temperature=1.5, max_new_tokens=2)
     assert (hot.sampling.temperature, hot.sampling.max_new_tokens, io.sampling.max_new_tokens) == (1.5, 2, 8)
-    hot.uses["p0"] += 1
-    assert io.uses["p0"] == 1  # visits are counted together, or streams would repeat
     assert hot.seconds is io.seconds and hot.memory is io.memory
 
 
