@@ -8,7 +8,7 @@ BIN := .venv/bin
 .PHONY: quickstart test lint bench clean
 
 quickstart: .venv/run.stamp
-	$(BIN)/llmrl train recipes/quickstart.toml
+	$(BIN)/llmrl train recipes/quickstart.toml --overwrite
 
 test: .venv/dev.stamp
 	$(BIN)/pytest -q

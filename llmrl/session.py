@@ -163,6 +163,7 @@ def open_session(loaded: LoadedRecipe) -> Session:
     r = loaded.recipe
     rule = rule_of(loaded)
     tables = read_tables(loaded, load_tokenizer(r.model, base=loaded.base))
+    _trackers_exist(loaded)
     scorer = scorer_of(loaded)
     try:
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(r.run.trackers) or None, project_dir=r.run.dir)
@@ -182,6 +183,14 @@ def open_session(loaded: LoadedRecipe) -> Session:
         scorer.close()
         raise
     return Session(loaded, rule, tables, scorer, accelerator, policy, learner, engine, sampling, stream, credit_state=rule.credit.init())
+
+
+def _trackers_exist(loaded: LoadedRecipe) -> None:
+    from importlib.util import find_spec
+
+    for name in loaded.recipe.run.trackers:
+        if not any(find_spec(module) for module in ((name, "tensorboardX") if name == "tensorboard" else (name,))):
+            raise InputError(f"{loaded.where('run.trackers')}: {name} is not installed; pip install {name}")
 
 
 def _fits(loaded: LoadedRecipe, tables: Tables, engine: Any) -> None:

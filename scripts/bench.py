@@ -206,6 +206,8 @@ def run_side(side: str, shape: Shape, steps: int, model: str, threads: int, log:
         task = {"side": side, "shape": asdict(shape), "steps": steps, "model": model, "threads": threads, "work": work}
         task["result"] = str(result)
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        # llmrl tells glibc to keep freed memory (session.py); TRL gets the same, or it would pay for page faults that are no merit of ours
+        env |= {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
         env |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
         script = HERE if side == "llmrl" else HERE.with_name("bench_trl.py")
         with log.open("a") as out:

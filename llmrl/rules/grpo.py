@@ -1,10 +1,10 @@
 """The GRPO family: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp. Each is a composition; the differences are numbered.
 
-Common keywords: `kl` is the coefficient of a KL penalty to the starting model inside the loss (0 = no reference model is made) in the
-form `kl_form` (k1 has no useful gradient there, see losses.kl_k1, and is refused), `entropy` the coefficient of an entropy bonus,
-`mismatch` multiplies the policy loss by the engine-mismatch weights of losses.mismatch, one a token or one a sequence, truncated at
-`mismatch_max` or masked beyond it (2.0 for token_truncate and 3.0 for sequence_mask are OUR CHOICE).
-`mask_truncated`: completions cut by the length limit train nothing. `std_eps` is OUR CHOICE (verl's; TRL 1e-4).
+Common keywords: `kl` is the coefficient of a KL penalty to the starting model (0 = no reference model is made) in the form `kl_form`:
+"k2" and "k3" are terms of the loss, "k1" is taken off the reward, summed over the completion (in a loss it has no useful gradient);
+`entropy` the coefficient of an entropy bonus; `mismatch` multiplies the policy loss by the engine-mismatch weights of losses.mismatch, one
+a token or one a sequence, truncated at `mismatch_max` or masked beyond it (2.0 for token_truncate and 3.0 for sequence_mask are OUR
+CHOICE); `mask_truncated`: completions cut by the length limit train nothing. `std_eps` is OUR CHOICE (verl's; TRL 1e-4).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmrl import losses
 from llmrl.rollout import dynamic_groups, sample_groups
 from llmrl.rules.base import Needs, Over, Rule, Term
 
-KL = Literal["k2", "k3"]
+KL = Literal["k1", "k2", "k3"]
 Mismatch = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
@@ -34,7 +34,9 @@ def _rule(
         per, how = mismatch.split("_")
         fn = losses.mismatch(fn, how, ratio_max=mismatch_max, over="token" if per == "token" else "sample")  # type: ignore[arg-type]
     terms = [Term(fn, over=over, budget=budget)]
-    if kl:
+    if kl and kl_form == "k1":
+        sample, needs = (c.kl_in_reward(coef=kl), *sample), Needs(ref_logp=True, old_logp=True)
+    elif kl:
         terms.append(Term({"k2": losses.kl_k2, "k3": losses.kl_k3}[kl_form](), over=over, budget=budget, coef=kl))
     if entropy:
         terms.append(Term(losses.entropy_bonus(), over=over, budget=budget, coef=entropy))

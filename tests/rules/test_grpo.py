@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from llmrl.batch import Outputs, evaluate_terms, global_denominators
 from llmrl.chat import Chat, char_tokenizer
+from llmrl.credit import View
 from llmrl.engine import TableEngine
 from llmrl.memory import Memory
 from llmrl.records import Prompt, Sample, Sampling, Verdict
@@ -187,3 +188,17 @@ def test_dapo_stops_after_its_rounds():
     groups, used = collect(family.dapo(dynamic_rounds=3), by_seed({}), n=2, more=True)
     assert used == [2, 2] and len(groups) == 2  # nothing live: the last round's groups, with advantage 0
     assert credit(family.dapo(), [0.0] * 6, [0, 0, 0, 1, 1, 1]) == [0.0] * 6
+
+
+def test_kl_forms_go_where_they_work():
+    """k2 and k3 are terms of the loss; k1 is taken off the reward before the group's mean: the difference of two KL sums shows."""
+    assert [t.label for t in family.grpo(kl=0.1, kl_form="k2").loss] == ["pg_clip", "kl_k2"]
+    rule = family.dr_grpo(kl=0.5, kl_form="k1")
+    assert [t.label for t in rule.loss] == ["pg_clip"] and rule.needs.ref_logp and rule.needs.old_logp
+    view = View(
+        reward_S=torch.tensor([1.0, 1.0], dtype=torch.float64), scored_S=torch.tensor([True, True]), cohort_S=torch.tensor([0, 0]),
+        length_S=torch.tensor([2, 1]), truncated_S=torch.tensor([False, False]), sample_T=torch.tensor([0, 0, 1]),
+        streams={"old_logp": torch.tensor([-1.0, -1.0, -2.0], dtype=torch.float64), "ref_logp": torch.tensor([-1.5, -1.3, -2.0], dtype=torch.float64)},
+    )  # fmt: skip
+    adv, _ = rule.credit.update(view, rule.credit.init())
+    assert adv.tolist() == pytest.approx([-0.2, -0.2, 0.2])  # rewards 1 - 0.5 * 0.8 and 1
