@@ -50,11 +50,11 @@ class Console:
             self.rich.print(f"resuming after step {resumed_at}")
 
     @contextmanager
-    def warm(self, steps: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    def warm(self, steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
         """Progress of the supervised warm start."""
         with self._progress() as bar:
             task = bar.add_task("warm start", total=steps, info="")
-            yield lambda step, row: bar.update(task, completed=step, info=f"loss {row['warm/loss']:.3f}")
+            yield lambda row: bar.update(task, completed=row["step"], info=f"loss {row['loss_nats']:.3f}")
 
     def evaluated(self, step: int, result: EvalResult, seconds: float) -> None:
         self._accuracy = result.accuracy
@@ -92,10 +92,6 @@ class Console:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        yield
 
     def end(self, summary: dict[str, Any], before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> None:
         """Three problems before and after, and where everything is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -123,8 +123,3 @@ async def dynamic_groups(prompts: Sequence[Prompt], io: RolloutIO, *, max_rounds
             return live[: len(prompts)] or fresh
         seen = io.more_prompts(len(prompts) - len(live))
     return live
-
-
-def with_sampling(io: RolloutIO, **changes: object) -> RolloutIO:
-    """The same io with other sampling parameters."""
-    return replace(io, sampling=replace(io.sampling, **changes))  # type: ignore[arg-type]

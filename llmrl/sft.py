@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 
@@ -27,10 +27,9 @@ def demonstration(prompt: Prompt, learner: Learner) -> Sample:
 
 
 def supervise(
-    learner: Learner, prompts: list[Prompt], optim: Optim, *, steps: int, examples: int, tokens: int, seed: int,
-    each: Callable[[int, dict[str, float]], None] = lambda step, row: None,
-) -> None:  # fmt: skip
-    """`steps` updates on `examples` demonstrations each, over all ranks; `each(step, metrics)` after every one (steps from 1).
+    learner: Learner, prompts: list[Prompt], optim: Optim, *, steps: int, examples: int, tokens: int, seed: int
+) -> Iterator[dict[str, float]]:
+    """`steps` updates on `examples` demonstrations each, over all ranks; yields {step (from 1), loss_nats, lr, grad_norm} after every one.
 
     The loss is the mean over all solution tokens of the step, all ranks, in nats. The temperature is 1 whatever the rollouts use.
     """
@@ -53,6 +52,6 @@ def supervise(
             lr = learning_rate(optim, step, steps)
             norm = learner.update(lr)
             loss_all = float(learner.all_sum(torch.tensor([total], dtype=torch.float64))[0])
-            each(step + 1, {"warm/loss": loss_all, "warm/lr": lr, "warm/grad_norm": norm})
+            yield {"step": step + 1, "loss_nats": loss_all, "lr": lr, "grad_norm": norm}
     finally:
         learner.temperature = temperature

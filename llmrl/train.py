@@ -120,14 +120,19 @@ class Run:
         self.save()
 
     def warm_start(self) -> None:
-        """The supervised steps, where the recipe has them."""
+        """The supervised steps, where the recipe has them; their figures go to warm_start.jsonl."""
         r = self.s.recipe
         if r.warm_start is not None:
-            with self.console.warm(r.warm_start.steps) as each:
-                supervise(
+            rows = []
+            with self.console.warm(r.warm_start.steps) as show:
+                for row in supervise(
                     self.s.learner, self.s.tables.warm, r.warm_start.optim, steps=r.warm_start.steps, examples=r.warm_start.examples,
-                    tokens=r.batch.tokens, seed=r.seed, each=each,
-                )  # fmt: skip
+                    tokens=r.batch.tokens, seed=r.seed,
+                ):  # fmt: skip
+                    rows.append(row)
+                    show(row)
+            if self.main:
+                checkpoint.write_atomic(self.folder / "warm_start.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         self.s.engine.load_weights(self.s.learner.version, self.s.learner.weights)
 
     def restore(self, latest: Path) -> None:
@@ -187,11 +192,10 @@ class Run:
             "version": self.s.learner.version, "data": self.s.stream.state_dict(), "memory": self.s.memory.state_dict(),
             "credit": self.s.credit_state, "progress": vars(p),
         }  # fmt: skip
-        with self.console.saving():
-            checkpoint.save(self.folder / "checkpoints", p.step, self.s.learner, state, rank=self.s.rank, world=self.s.world)
-            if self.main:
-                ranked = sorted((a, int(k)) for k, a in p.accuracies.items() if a is not None)
-                checkpoint.prune(self.folder / "checkpoints", keep=r.checkpoint.keep, best=[k for _, k in ranked[::-1]][: r.checkpoint.best])
+        checkpoint.save(self.folder / "checkpoints", p.step, self.s.learner, state, rank=self.s.rank, world=self.s.world)
+        if self.main:
+            ranked = sorted((a, int(k)) for k, a in p.accuracies.items() if a is not None)
+            checkpoint.prune(self.folder / "checkpoints", keep=r.checkpoint.keep, best=[k for _, k in ranked[::-1]][: r.checkpoint.best])
 
     # ------------------------------------------------------------ end
 

@@ -62,7 +62,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape("tiny", "Llama of 3.1M parameters, made on the spot", "float32", 64, 8, 4, 28, 32, 2048),
-    "smollm2": Shape("smollm2", "SmolLM2-135M-Instruct", "bfloat16", 8, 8, 8, 64, 8, 1024),
+    "smollm2": Shape("smollm2", "SmolLM2-135M-Instruct", "bfloat16", 8, 8, 8, 64, 8, 640),
 }
 
 

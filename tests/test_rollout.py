@@ -16,7 +16,7 @@ from llmrl.engine import TableEngine
 from llmrl.hf_engine import HFEngine
 from llmrl.memory import Memory
 from llmrl.records import Completion, Prompt, Sampling, Verdict
-from llmrl.rollout import RolloutIO, dynamic_groups, make_sample, philox, sample_groups, with_sampling
+from llmrl.rollout import RolloutIO, dynamic_groups, make_sample, philox, sample_groups
 from tests.builders import ALPHABET, tiny_policy
 
 torch.set_num_threads(1)
@@ -224,13 +224,6 @@ def test_sample_and_verify_keep_order_and_keys():
         io.sample([[1, 4], [1, 5]], [("a", 0)])
     verdicts = asyncio.run(io.verify([(PROMPTS[0], "3"), (PROMPTS[1], "(")]))
     assert [v.score for v in verdicts] == [3 / 9, None]
-
-
-def test_other_sampling_for_a_phase():
-    io = make_io(lambda *_: "123")
-    hot = with_sampling(io, temperature=1.5, max_new_tokens=2)
-    assert (hot.sampling.temperature, hot.sampling.max_new_tokens, io.sampling.max_new_tokens) == (1.5, 2, 8)
-    assert hot.seconds is io.seconds and hot.memory is io.memory
 
 
 def test_rng_is_reproducible_and_named():
