@@ -33,6 +33,9 @@ class Console:
         self._accuracy: float | None = None
         self._steps = 0
 
+    def _say(self, text: str) -> None:
+        self.rich.print(text, soft_wrap=True)
+
     def begin(self, session: Session, folder: Path, resumed_at: int | None) -> None:
         """Names what will run, where, and on how much."""
         if session.rank:
@@ -40,14 +43,14 @@ class Console:
         r, model = session.recipe, session.policy.model
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         self._steps = r.steps
-        self.rich.print(
+        self._say(
             f"[bold]{escape(session.loaded.path.stem)}[/]: {escape(r.rule.use)} on {escape(r.model.path)} ({millions:.1f}M parameters, {r.model.dtype}, "
             f"{session.policy.device}, {session.world} process{'es' if session.world > 1 else ''}); {len(session.tables.train)} training prompts, "
             f"{len(session.tables.held_out)} held out" + (f", {session.tables.dropped} rows dropped" if session.tables.dropped else "")
         )
-        self.rich.print(f"{r.steps} steps of {r.rollout.prompts} prompts x {r.rollout.group} samples -> {escape(str(folder))}")
+        self._say(f"{r.steps} steps of {r.rollout.prompts} prompts x {r.rollout.group} samples -> {escape(str(folder))}")
         if resumed_at is not None:
-            self.rich.print(f"resuming after step {resumed_at}")
+            self._say(f"resuming after step {resumed_at}")
 
     @contextmanager
     def warm(self, steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
@@ -60,7 +63,7 @@ class Console:
         self._accuracy = result.accuracy
         lost = f", {result.unjudged} could not be judged" if result.unjudged else ""
         where = "before RL" if step == 0 else f"step {step}"
-        self.rich.print(
+        self._say(
             f"  {where:>9}: held-out greedy accuracy {_number(result.accuracy, '.3f')} "
             f"[{_number(result.low)}, {_number(result.high)}] on {result.judged}{lost} ({seconds:.1f} s)"
         )
@@ -77,7 +80,7 @@ class Console:
         )
         if not self.rich.is_terminal:
             if step % self.every == 0 or step in (1, self._steps):
-                self.rich.print(f"step {step}/{self._steps}  {info}")
+                self._say(f"step {step}/{self._steps}  {info}")
             return
         if self._bar is None:
             self._bar = self._progress()
@@ -103,12 +106,12 @@ class Console:
             table.add_row(escape(b["prompt"]), escape(str(b["gold"])), _said(b), _said(a))
         self.rich.print(table)
         first, last = summary["accuracy_before"], summary["accuracy_after"]
-        self.rich.print(
+        self._say(
             f"held-out accuracy [bold]{_number(first, '.3f')} -> {_number(last, '.3f')}[/] in {summary['steps']} steps, "
             f"{summary['tokens']:,} generated tokens, {summary['seconds']:.0f} s"
         )
         folder = Path(summary["run_dir"])
-        self.rich.print(f"curve    {escape(str(folder / 'curve.png'))}\nsummary  {escape(str(folder / 'summary.json'))}\nmodel    {escape(summary['model'])}")
+        self._say(f"curve    {escape(str(folder / 'curve.png'))}\nsummary  {escape(str(folder / 'summary.json'))}\nmodel    {escape(summary['model'])}")
 
     def _progress(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
