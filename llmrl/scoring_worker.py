@@ -103,7 +103,7 @@ def _limit_memory(memory_mb: int | None) -> None:
 
 
 def _read_frame(source: Any) -> Any:
-    """The next pickled object, length first; None at the end of the stream."""
+    """The next pickled object, length first; None at the end of the stream. Only the trainer writes here: its own prompts; answers are JSON."""
     size = source.read(8)
     return pickle.loads(source.read(int.from_bytes(size, "big"))) if len(size) == 8 else None
 
