@@ -27,7 +27,7 @@ PREFILL_TOKENS = 4096
 """Context tokens of one prefill forward, at most (a single longer context is prefilled alone)."""
 
 
-def hf(*, rows: int = 256, cache_gb: float = 4.0) -> Callable[[Policy], HFEngine]:
+def hf(*, rows: int = 512, cache_gb: float = 4.0) -> Callable[[Policy], HFEngine]:
     """Engine on the learner's weights. rows: completions decoded side by side, at most; cache_gb: key-value cache, GB, at most."""
     if rows < 1 or cache_gb <= 0:
         raise InputError(f"[engine] hf: rows = {rows} and cache_gb = {cache_gb} must be positive")
@@ -48,7 +48,7 @@ class _Row:
 class HFEngine:
     """See the module's docstring. Not thread-safe; generation runs without gradients and leaves the model in its training mode."""
 
-    def __init__(self, policy: Policy, *, rows: int = 256, cache_gb: float = 4.0):
+    def __init__(self, policy: Policy, *, rows: int = 512, cache_gb: float = 4.0):
         self.policy, self.rows, self.cache_gb = policy, rows, cache_gb
         self.policy_version = 0
         config = policy.model.config.get_text_config()
