@@ -106,7 +106,7 @@ def learn(session: Session, groups: Sequence[Group], samples: Sequence[Sample], 
             denominators = global_denominators(
                 [samples[i] for i in mine], rule.loss, max_new_tokens=session.sampling.max_new_tokens, all_sum=learner.all_sum
             )
-            live = [i for i in mine if needs_forward(rule, samples[i], adv[i])]
+            live = mine if rule.needs.whole_groups else [i for i in mine if needs_forward(rule, samples[i], adv[i])]
             for batch in pack(
                 [samples[i] for i in live], [adv[i] for i in live], tokens=r.batch.tokens,
                 groups=[group_of[i] for i in live], whole_groups=rule.needs.whole_groups,

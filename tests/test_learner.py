@@ -17,7 +17,7 @@ from llmrl.learner import Learner, RunFailed, learning_rate
 from llmrl.models import load_policy
 from llmrl.recipe import Model, Optim, Tiny
 from llmrl.records import Request, Sample, Sampling
-from llmrl.rules.base import Needs, Term
+from llmrl.rules.base import Needs, Rule, Term
 from llmrl.session import open_session
 from llmrl.step import run_step
 from tests.builders import ALPHABET, tiny_policy
@@ -379,6 +379,28 @@ def count_passes(policy):
 
     policy.hidden = hidden
     return seen
+
+
+def test_a_rule_that_wants_whole_groups_sees_them_whole(tmp_path):
+    """Also the samples without advantage, which other rules' forwards leave out."""
+    session = small_session(tmp_path, "grpo")
+    seen = []
+
+    @losses.scales_with_advantage
+    def fn(batch, out):
+        seen.append((batch.n_samples, sorted(torch.bincount(batch.group_S).tolist())))
+        return -batch.adv_T * out.logp_T
+
+    try:
+        for whole in (True, False):
+            session.rule = Rule(Credit(), (Term(fn),), needs=Needs(whole_groups=whole))  # no centring: a reward of 0 is advantage 0
+            groups, adv, _ = run_step(session, 1 + (not whole))
+            size, idle = len(groups[0].samples), sum(not a.any() for a in adv)
+            assert idle and sum(n for n, _ in seen) == len(adv) - (0 if whole else idle)
+            assert not whole or all(set(counts) == {size} for _, counts in seen)
+            seen.clear()
+    finally:
+        session.close()
 
 
 @pytest.mark.parametrize(
