@@ -37,7 +37,8 @@ def check_recipe(loaded: LoadedRecipe) -> Iterator[Finding]:
     try:
         yield Finding("recipe, plug-ins, verifier process, model and its packed forward", True, f"{loaded.path}")
         t = session.tables
-        yield Finding("data", True, f"{len(t.train)} training prompts, {len(t.held_out)} held out, {t.dropped} rows dropped; longest prompt {t.longest} tokens")
+        told = f"{len(t.train)} training prompts, {len(t.held_out)} held out, {t.dropped} rows dropped; longest prompt {t.longest} tokens"
+        yield Finding("data", not t.overlap, told + (f"; {t.overlap} held-out questions are training prompts too" if t.overlap else ""))
         yield _prompt_as_trained(session)
         yield _gold(session)
         yield _arithmetic(session)

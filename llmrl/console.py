@@ -48,6 +48,8 @@ class Console:
             f"{session.policy.device}, {session.world} process{'es' if session.world > 1 else ''}); {len(session.tables.train)} training prompts, "
             f"{len(session.tables.held_out)} held out" + (f", {session.tables.dropped} rows dropped" if session.tables.dropped else "")
         )
+        if session.tables.overlap:
+            self._say(f"[bold yellow]warning:[/] {session.tables.overlap} of the held-out questions are training prompts too: accuracy will flatter")
         self._say(f"{r.steps} steps of {r.rollout.prompts} prompts x {r.rollout.group} samples -> {escape(str(folder))}")
         if resumed_at is not None:
             self._say(f"resuming after step {resumed_at}")

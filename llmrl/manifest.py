@@ -34,7 +34,7 @@ def plugin_hashes(loaded: LoadedRecipe) -> dict[str, str]:
 def write_manifest(folder: Path, session: Session) -> None:
     """Writes manifest.json."""
     loaded = session.loaded
-    model = session.policy.model
+    model, tables = session.policy.model, session.tables
     text = json.dumps(
         {
             "llmrl": __version__, "recipe_file": str(loaded.path), "recipe": loaded.recipe.model_dump(mode="json"), "origins": loaded.origins,
@@ -43,7 +43,7 @@ def write_manifest(folder: Path, session: Session) -> None:
                 "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype).removeprefix("torch."),
                 "banned_ids": list(session.policy.banned_ids), "stop_ids": sorted(session.policy.stop_ids),
             },
-            "rows": {"train": len(session.tables.train), "held_out": len(session.tables.held_out), "dropped": session.tables.dropped},
+            "rows": {"train": len(tables.train), "held_out": len(tables.held_out), "dropped": tables.dropped, "overlap": tables.overlap},
             "versions": {"python": platform.python_version(), **{p: _version(p) for p in ("torch", "transformers", "accelerate", "datasets", "math-verify")}},
         },
         indent=2,

@@ -34,6 +34,8 @@ class Tables:
     dropped: int
     longest: int
     """Tokens of the longest prompt."""
+    overlap: int
+    """Evaluation prompts that are training prompts too; 0 unless [eval.data] repeats some."""
 
 
 @dataclass
@@ -126,12 +128,24 @@ def read_tables(loaded: LoadedRecipe, chat: Chat) -> Tables:
         warm, more = read(r.warm_start.data, solution=True)
         questions = {repr(p.messages) for p in held}
         warm, dropped = [p for p in warm if repr(p.messages) not in questions], dropped + more
+    _solutions_can_be_written(warm, chat)
     if r.eval.data is not None:
         held, more = read(r.eval.data)
         dropped += more
     held = _distinct(held)[: r.eval.rows]
+    trained = {repr(p.messages) for p in (*train, *warm)}
+    overlap = sum(repr(p.messages) in trained for p in held)
     longest = max(lengths.values())
-    return Tables(train, held, warm, dropped, longest)
+    return Tables(train, held, warm, dropped, longest, overlap)
+
+
+def _solutions_can_be_written(prompts: Sequence[Prompt], chat: Chat) -> None:
+    """A demonstration with a character that the tokenizer lacks would ask for a token that is never sampled."""
+    letters = set().union(*(p.meta["solution"] for p in prompts))
+    strange = chat.unknown("".join(sorted(letters)))
+    if strange is not None:
+        row = next(p for p in prompts if strange in p.meta["solution"])
+        raise InputError(f"row {row.id}: its solution holds {strange!r}, for which the tokenizer has no token; add it to model.tiny.alphabet")
 
 
 def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -87,6 +87,20 @@ def test_a_bad_data_row_is_named(tmp_path):
     assert done.returncode == 2 and "row 2" in done.stderr and '"drop"' in done.stderr, done.stderr
 
 
+def test_a_solution_that_cannot_be_written_and_an_evaluation_on_training_prompts(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    rows = [{"id": f"r{i}", "prompt": f"{i}+1=", "answer": str(i + 1), "solution": f"#{i + 1}"} for i in range(6)]
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    keys = [f"data.path={data}", "data.args=", *(k for k in TINY if not k.startswith("data.")), f"run.dir={tmp_path / 'run'}", "data.holdout=0"]
+    found = llmrl("check", "recipes/quickstart.toml", *keys, f"eval.data.path={data}", "--json")
+    assert found.returncode == 1 and "6 held-out questions are training prompts too" in found.stdout, found.stderr
+    for row in rows:
+        row["solution"] += "!"
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    refused = llmrl("train", "recipes/quickstart.toml", *keys, "data.holdout=2")
+    assert refused.returncode == 2 and re.search(r"row r\d: its solution holds '!'", refused.stderr), refused.stderr
+
+
 def test_show_check_and_help(run):
     shown = json.loads(llmrl("show", "recipes/quickstart.toml", "rule.high=0.3", "--json").stdout)
     assert "rule.high" in json.dumps(shown)
