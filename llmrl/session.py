@@ -97,6 +97,7 @@ def sampling_of(recipe: Recipe) -> Sampling:
 def read_tables(loaded: LoadedRecipe, chat: Chat) -> Tables:
     """All rows of [data], [eval.data] and [warm_start.data], checked: nothing here needs a model's weights."""
     r = loaded.recipe
+    kept: list[int] = []  # tokens of every prompt that is used; dropped ones do not count
     lengths: dict[str, int] = {}  # by question: generated data asks the same one many times
 
     def tokens_of(prompt: Prompt) -> int:
@@ -114,8 +115,7 @@ def read_tables(loaded: LoadedRecipe, chat: Chat) -> Tables:
             template=data.template, system=data.system, answer_after=data.answer_after, limit=data.limit, on_bad=data.on_bad,
             need_solution=solution, tokens_of=tokens_of, max_prompt_tokens=data.max_prompt_tokens,
         )  # fmt: skip
-        for prompt in table.prompts:
-            tokens_of(prompt)
+        kept.extend(tokens_of(prompt) for prompt in table.prompts)
         return table.prompts, len(table.dropped)
 
     warm_here = r.warm_start is not None and r.warm_start.data is None
@@ -135,8 +135,7 @@ def read_tables(loaded: LoadedRecipe, chat: Chat) -> Tables:
     held = _distinct(held)[: r.eval.rows]
     trained = {repr(p.messages) for p in (*train, *warm)}
     overlap = sum(repr(p.messages) in trained for p in held)
-    longest = max(lengths.values())
-    return Tables(train, held, warm, dropped, longest, overlap)
+    return Tables(train, held, warm, dropped, max(kept), overlap)
 
 
 def _solutions_can_be_written(prompts: Sequence[Prompt], chat: Chat) -> None:

@@ -101,6 +101,16 @@ def test_a_solution_that_cannot_be_written_and_an_evaluation_on_training_prompts
     assert refused.returncode == 2 and re.search(r"row r\d: its solution holds '!'", refused.stderr), refused.stderr
 
 
+def test_a_dropped_long_prompt_is_not_the_longest(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    prompts = ["1+1=", "2+1=", "3+1=", "1+" * 20 + "1="]
+    data.write_text("".join(json.dumps({"prompt": p, "answer": "2", "solution": "#2"}) + "\n" for p in prompts))
+    keys = [f"data.path={data}", "data.args=", *(k for k in TINY if not k.startswith("data.")), "data.holdout=1"]
+    keys += ["data.on_bad=drop", "data.max_prompt_tokens=8"]
+    found = json.loads(llmrl("check", "recipes/quickstart.toml", *keys, "--json").stdout)
+    assert "2 training prompts, 1 held out, 1 rows dropped; longest prompt 5 tokens" in json.dumps(found)
+
+
 def test_show_check_and_help(run):
     shown = json.loads(llmrl("show", "recipes/quickstart.toml", "rule.high=0.3", "--json").stdout)
     assert "rule.high" in json.dumps(shown)
