@@ -59,7 +59,7 @@ def worker_main(fd: int) -> None:
 
 def _judge(verify: Verifier, packed: bytes, loop: _Loop) -> Verdict:
     try:
-        prompt, response = pickle.loads(packed)
+        prompt, response = pickle.loads(packed)  # written by the trainer alone, over a socket pair that only it holds
         found: Any = verify(prompt, response)
         if inspect.isawaitable(found):
             found = loop.run(found)

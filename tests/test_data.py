@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 
 from llmrl.data import PromptStream, fill, read_prompts, split_holdout, template_fields
@@ -44,8 +46,7 @@ def refused(*args, **kwargs) -> str:
 def test_the_same_rows_from_every_kind_of_file(tmp_path, name):
     path = tmp_path / name
     if path.suffix == ".parquet":
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(ROWS), path)
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     elif path.suffix == ".csv":
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(ROWS[0]))
@@ -100,7 +101,6 @@ def test_reasoning_gym(tmp_path):
 
 def test_hub_loads_and_is_clear_when_offline(tmp_path):
     """In a process of its own: `datasets` reads its offline switch when it is imported. A local folder takes the place of a Hub name."""
-    pytest.importorskip("datasets")
     folder = tmp_path / "set"
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", ROWS)

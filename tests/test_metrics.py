@@ -135,7 +135,8 @@ def pixels(path: Path) -> np.ndarray:
         data += raw[at + 8 : at + 8 + length] if raw[at + 4 : at + 8] == b"IDAT" else b""
         at += 12 + length
     assert len(zlib.decompress(data)) == height * (1 + width * {2: 3, 6: 4}[kind])
-    matplotlib_image = pytest.importorskip("matplotlib.image")
+    import matplotlib.image as matplotlib_image
+
     return matplotlib_image.imread(path)
 
 
