@@ -1,8 +1,8 @@
 """Names, units and reductions of metrics; `metrics.jsonl`; the Wilson interval.
 
 A metric that is not declared in METRICS cannot be logged, so each has a unit and a sentence that says what it is. Names that start with
-`time/` are wall-clock figures: they differ from run to run, everything else must not. A declared name that ends in `/*` is a family
-(`loss/*` allows `loss/policy`), for names that only a rule knows.
+`time/` or `verifier/` measure the machine and the services it calls: they differ from run to run, everything else must not. A declared
+name that ends in `/*` is a family (`loss/*` allows `loss/policy`), for names that only a rule or a verifier knows.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ METRICS: dict[str, Metric] = {
     "reward/std": Metric("1", "mean", "Standard deviation of the rewards over the whole batch."),
     "samples": Metric("samples", "sum", "Samples of the step."),
     "samples/unjudged": Metric("samples", "sum", "Samples whose verifier timed out, failed or had no gold: weight 0, outside all statistics."),
+    "samples/timeout": Metric("samples", "sum", "Samples whose verifier did not end within scoring.timeout_s; part of samples/unjudged."),
+    "samples/error": Metric("samples", "sum", "Samples whose verifier failed, or whose row it cannot judge; part of samples/unjudged."),
     "samples/no_answer_share": Metric("1", "mean", "Share of samples in which the verifier found no answer."),
     "groups/live_share": Metric("1", "mean", "Share of cohorts with an advantage that is not 0."),
     "length/max_tokens": Metric("tokens", "max", "Longest completion of the step."),
@@ -61,7 +63,9 @@ METRICS: dict[str, Metric] = {
     "eval/accuracy_high": Metric("1", "last", "Upper end of the 95 % Wilson interval of eval/accuracy."),
     "length/mean_tokens": Metric("tokens", "mean", "Mean length of the step's completions, end token included."),
     "entropy/rollout_nats": Metric("nats", "mean", "Mean of -log p over the sampled tokens: an estimate of the policy's entropy a token."),
-    "time/*": Metric("s", "max", "Wall-clock seconds of a part of the step."),
+    "time/*": Metric("s", "max", "Wall-clock seconds of a part of the step; verdict_queue_s and verdict_run_s are means over the step's verdicts."),
+    "verifier/respawns": Metric("processes", "sum", "Verifier processes of this rank that had to be replaced in the step."),
+    "verifier/*": Metric("1", "sum", "What the verifier counts itself in the step, on this rank: calls, tokens, dollars."),
 }
 
 
@@ -81,7 +85,7 @@ def metric(name: str) -> Metric:
 
 def is_wall_clock(name: str) -> bool:
     """Whether the metric measures the machine and not the training: it is left out when runs are compared."""
-    return name.startswith("time/")
+    return name.startswith(("time/", "verifier/"))
 
 
 def without_times(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -136,8 +136,10 @@ class Scoring(_Section):
     """Verifier processes a rank."""
     timeout_s: Annotated[float, Field(gt=0)] = 10.0
     """Deadline of one verdict, in seconds; the worker is killed after it."""
-    memory_mb: Positive | None = None
-    """Memory limit of a worker, in MiB."""
+    memory_mb: Natural = 2048
+    """Address space a worker may take beyond what its built verifier has, in MiB; 0 = no limit."""
+    concurrency: Positive = 16
+    """Items in flight in one worker, where the verifier is a coroutine function (judge, reward_model)."""
     max_failure_rate: Annotated[float, Field(ge=0, le=1)] = 0.2
     """The run stops when a larger share of a step's samples could not be judged."""
 

@@ -12,24 +12,21 @@ processes of a machine. Workers answer in JSON: nothing that a verifier returns 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import pickle
 import selectors
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmrl.records import InputError, Prompt, Verdict
-from llmrl.scoring_worker import BOOT, WATCHDOG, describe, frame
+from llmrl.scoring_worker import WATCHDOG, describe, frame
+from llmrl.worker_process import WorkerProcess, exit_text
 
 START_LIMIT_S = 120.0
 """A worker that has not built its verifier after this long counts as failed."""
@@ -65,25 +62,13 @@ class _Item:
     """Workers that died on it."""
 
 
-@dataclass(eq=False)
-class _Worker:
-    process: subprocess.Popen[bytes]
-    sock: socket.socket
-    outgoing: memoryview
-    touched: float
-    """When it was last sent something or last said something."""
-    ready: bool = False
-    inbox: bytearray = field(default_factory=bytearray)
-    chunk: dict[int, _Item] = field(default_factory=dict)
-    """Items it has and has not answered, by their position in the chunk."""
-    started: dict[int, float] = field(default_factory=dict)
-
-
 class Scorer:
     """A pool of processes that each hold one verifier. Use it from any thread; close it, or use it as a context manager.
 
     timeout_s: seconds an item may take, from the moment a worker starts on it; then the worker's process group is killed.
-    memory_mb: address space of a worker (RLIMIT_AS, its children included each); None = no limit.
+    memory_mb: address space that a worker may take beyond what it has once the verifier is built (RLIMIT_AS, inherited by its
+    children; Linux); 0 = no limit. An item that runs into it ends as error.
+    concurrency: items of a coroutine verifier in flight in one worker.
     max_failure_rate: share of a call's items (calls of 20 and more) that may end as timeout or error; above it score() raises.
     A verifier's stdout goes nowhere and its stdin is empty; its stderr is the trainer's.
     Raises InputError when the verifier cannot be built, with the worker's own message.
@@ -97,16 +82,22 @@ class Scorer:
         *,
         workers: int = 2,
         timeout_s: float = 10.0,
-        memory_mb: int | None = None,
+        memory_mb: int = 2048,
+        concurrency: int = 16,
         max_failure_rate: float = 0.2,
     ) -> None:
-        if workers < 1 or not timeout_s > 0:
-            raise InputError(f"[verifier]: workers = {workers}, timeout_s = {timeout_s}; expected at least 1 and more than 0 seconds")
+        if workers < 1 or concurrency < 1 or not timeout_s > 0:
+            given = f"workers = {workers}, concurrency = {concurrency}, timeout_s = {timeout_s}"
+            raise InputError(f"[verifier]: {given}; expected at least 1, at least 1 and more than 0 seconds")
         self.factory_ref, self.timeout_s, self.max_failure_rate = factory_ref, timeout_s, max_failure_rate
-        self._setup = frame({"ref": factory_ref, "kwargs": dict(kwargs), "base": Path(base), "memory_mb": memory_mb})
-        self._count = workers
+        self._setup = frame({
+            "ref": factory_ref, "kwargs": dict(kwargs), "base": Path(base), "memory_mb": memory_mb, "timeout_s": timeout_s, "concurrency": concurrency,
+        })  # fmt: skip
+        self.about: dict[str, Any] = {}
+        """What the verifier tells of how it runs: its attribute `about`, e.g. {"sandbox": "bwrap 0.8.0"}."""
+        self._count, self._concurrency = workers, concurrency
         self._target = 1  # one worker tells whether the verifier can be built; the others follow
-        self._workers: list[_Worker] = []
+        self._workers: list[WorkerProcess] = []
         self._failed_starts = 0
         self._start_error = ""
         self._refusal = ""
@@ -114,6 +105,7 @@ class Scorer:
         self._incoming: deque[_Call] = deque()
         self._pace_s = _CHUNK_S / 8
         self._stats: dict[str, float] = {"ok": 0, "no_answer": 0, "timeout": 0, "error": 0, "respawns": 0, "queue_s": 0.0, "run_s": 0.0}
+        self._counters: dict[str, float] = {}
         self._settled = threading.Event()
         self._closing = False
         self._lock = threading.Lock()
@@ -155,8 +147,11 @@ class Scorer:
         return verdicts
 
     def stats(self) -> dict[str, float]:
-        """Since the start: items by status (ok, no_answer, timeout, error), queue_s and run_s summed over items, respawns."""
-        return dict(self._stats)
+        """Since the start: items by status (ok, no_answer, timeout, error), queue_s and run_s summed over items, respawns.
+
+        Besides these what the verifier counts itself in its attribute `counters` (e.g. "judge/calls"), summed over workers.
+        """
+        return {**self._counters, **self._stats}
 
     def close(self) -> None:
         """Kills the workers and reaps them. Calls that wait in other threads end with RuntimeError. May be called twice."""
@@ -213,7 +208,7 @@ class Scorer:
             if not self._settled.is_set():
                 self._refusal = self._start_error or "[verifier]: the thread that manages its workers failed; see stderr"
             for worker in self._workers:
-                self._kill(worker)
+                worker.kill()
             self._watchdog.kill()
             self._watchdog.communicate()
             self._selector.close()
@@ -237,21 +232,7 @@ class Scorer:
                 self._deliver(self._pending.popleft(), verdict)
 
     def _spawn(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            fd, path = theirs.fileno(), json.dumps([p for p in sys.path if isinstance(p, str)])
-            process = subprocess.Popen(
-                [sys.executable, "-c", BOOT, str(fd), path],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(fd,),
-                start_new_session=True,
-                env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy walks sets: the same answer must take the same path in every worker
-            )
-        ours.setblocking(False)
-        worker = _Worker(process, ours, memoryview(self._setup), time.monotonic())
-        self._workers.append(worker)
-        self._selector.register(ours, selectors.EVENT_READ | selectors.EVENT_WRITE, worker)
+        self._workers.append(WorkerProcess(self._setup, self._selector))
         self._tell_watchdog()
 
     def _tell_watchdog(self) -> None:
@@ -262,66 +243,55 @@ class Scorer:
 
     def _dispatch(self) -> None:
         for worker in self._workers:
-            if not self._pending:
-                return
-            if not worker.ready or worker.chunk:
-                continue
-            share = -(-len(self._pending) // (2 * self._count))  # the last chunks of a call are small, so that workers end together
-            room = max(1, min(_CHUNK_MAX, int(_CHUNK_S / self._pace_s), share))
-            frames: list[bytes] = []
-            while self._pending and len(frames) < room:
-                item = self._pending.popleft()
+            room = self._room(worker) if worker.ready and self._pending else 0
+            packed: list[tuple[int, bytes]] = []
+            while self._pending and len(packed) < room:
+                item = self._pending[0]
+                if item.deaths and (worker.chunk or packed):
+                    break  # a worker has died on it: it goes alone, so that nobody dies with it
+                self._pending.popleft()
                 if item.call.abandoned:
                     continue
                 try:  # one pickle an item: what cannot be read in the worker is that item's failure only
-                    packed = pickle.dumps((item.prompt, item.response))
+                    body = pickle.dumps((item.prompt, item.response))
                 except Exception as error:
                     self._deliver(item, Verdict(None, "error", detail=f"the row cannot be sent to a worker: {describe(error)}"))
                     continue
-                worker.chunk[len(frames)] = item
-                frames.append(packed)
-            if frames:
-                worker.outgoing, worker.touched = memoryview(frame(frames)), time.monotonic()
-                self._write(worker)
+                worker.chunk[worker.sent] = item
+                packed.append((worker.sent, body))
+                worker.sent += 1
+                if item.deaths:
+                    break
+            if packed:
+                worker.send(packed)
 
-    def _write(self, worker: _Worker) -> None:
-        try:
-            worker.outgoing = worker.outgoing[worker.sock.send(worker.outgoing) :]
-        except BlockingIOError:
-            pass
-        except OSError:  # it died: reading finds that out and deals with it
-            worker.outgoing = memoryview(b"")
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.outgoing else 0)
-        if self._selector.get_key(worker.sock).events != wanted:
-            self._selector.modify(worker.sock, wanted, worker)
+    def _room(self, worker: WorkerProcess) -> int:
+        """How many items it may be sent now."""
+        if any(item.deaths for item in worker.chunk.values()):
+            return 0
+        if worker.concurrent:
+            return self._concurrency - len(worker.chunk)
+        if worker.chunk:
+            return 0
+        share = -(-len(self._pending) // (2 * self._count))  # the last chunks of a call are small, so that workers end together
+        return max(1, min(_CHUNK_MAX, int(_CHUNK_S / self._pace_s), share))
 
-    def _talk(self, worker: _Worker, events: int) -> None:
+    def _talk(self, worker: WorkerProcess, events: int) -> None:
         if events & selectors.EVENT_WRITE:
-            self._write(worker)
+            worker.write()
         if events & selectors.EVENT_READ and not self._hear(worker):
             self._bury(worker)
 
-    def _hear(self, worker: _Worker) -> bool:
+    def _hear(self, worker: WorkerProcess) -> bool:
         """Takes in what the worker has said; False when it has hung up."""
-        while True:
-            try:
-                data = worker.sock.recv(1 << 16)
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-            if not data:
-                return False
-            worker.touched = time.monotonic()
-            *lines, rest = (worker.inbox + data).split(b"\n")
-            worker.inbox = bytearray(rest)
-            try:
-                for line in lines:
-                    self._heed(worker, json.loads(line))
-            except (ValueError, LookupError, TypeError):  # somebody wrote on its socket: nothing it says can be trusted now
-                return False
+        try:
+            for message in worker.messages():
+                self._heed(worker, message)
+        except (OSError, ValueError, LookupError, TypeError):  # the last three: somebody wrote on its socket, nothing it says can be trusted
+            return False
+        return True
 
-    def _heed(self, worker: _Worker, message: list[Any]) -> None:
+    def _heed(self, worker: WorkerProcess, message: list[Any]) -> None:
         match message:
             case ["start", position, at]:
                 worker.started[position] = at
@@ -331,7 +301,20 @@ class Scorer:
                 self._pace_s += 0.1 * (max(took, 1e-5) - self._pace_s)
                 self._stats["run_s"] += took
                 self._deliver(worker.chunk.pop(position), Verdict(score, status, answer, detail))
-            case ["ready"]:
+            case ["concurrent"]:
+                worker.concurrent = True
+            case ["count", {**increments}]:
+                for name, increment in increments.items():
+                    self._counters[name] = self._counters.get(name, 0.0) + float(increment)
+            case ["ready", {**about}]:
+                self.about = about
+                longest = about.get("worst_case_s", 0.0)
+                if longest >= self.timeout_s:
+                    self._start_error = (
+                        f"[verifier]: {self.factory_ref} may take {longest:g} s for one response by its own limits, and scoring.timeout_s is "
+                        f"{self.timeout_s:g}; raise scoring.timeout_s (--timeout), or lower the verifier's own limit"
+                    )
+                    return
                 worker.ready, self._target, self._failed_starts, self._start_error = True, self._count, 0, ""
                 self._settled.set()
             case ["unbuildable", text]:
@@ -346,8 +329,12 @@ class Scorer:
 
     def _nap(self) -> float:
         """Seconds until the next deadline; news from workers and calls wakes earlier."""
-        ends = [at + self.timeout_s for worker in self._workers for at in worker.started.values()]
+        ends = [at + self._limit_s(worker) for worker in self._workers for at in worker.started.values()]
         return min(max(0.001, min(ends) - time.monotonic()) if ends else 1.0, 0.1 if self._pending or ends else 1.0)
+
+    def _limit_s(self, worker: WorkerProcess) -> float:
+        """After how long an item's worker is killed. An awaited item is cancelled by its own event loop first, which costs no process."""
+        return self.timeout_s + (1.0 if worker.concurrent else 0.0)
 
     def _enforce(self) -> None:
         for worker in list(self._workers):
@@ -355,45 +342,35 @@ class Scorer:
                 self._bury(worker)
                 continue
             now = time.monotonic()
-            late = [position for position, at in worker.started.items() if now - at > self.timeout_s]
+            late = [position for position, at in worker.started.items() if now - at > self._limit_s(worker)]
             waits_for_start = bool(worker.chunk) and not worker.started and now - worker.touched > self.timeout_s + 5
             if late:
                 self._stats["run_s"] += sum(now - worker.started.pop(position) for position in late)
                 verdict = Verdict(None, "timeout", detail=f"no verdict within {self.timeout_s:g} s; the worker was killed")
-                for position in late:
-                    self._deliver(worker.chunk.pop(position), verdict)
+                ended = [worker.chunk.pop(position) for position in late]
                 self._bury(worker, guilty=False)
+                for item in ended:
+                    self._deliver(item, verdict)
             elif waits_for_start or (not worker.ready and now - worker.touched > START_LIMIT_S):
                 self._start_error = self._start_error or f"a worker was silent for {now - worker.touched:.0f} s"
                 self._bury(worker)
             elif worker.process.poll() is not None:  # a child that it left behind may hold its socket open
                 self._bury(worker)
 
-    def _bury(self, worker: _Worker, guilty: bool = True) -> None:
+    def _bury(self, worker: WorkerProcess, guilty: bool = True) -> None:
         """Ends the worker; what it had goes back to the front of the queue, but for an item on which a second worker has died."""
-        code = self._kill(worker)
+        code = worker.kill()
         self._workers.remove(worker)
         self._tell_watchdog()
-        suspects = (set(worker.started) or set(sorted(worker.chunk)[:1])) if guilty else set()
+        suspects = (set(worker.started) or set(sorted(worker.chunk)[:1])) if guilty else set()  # it died on one of those
         for position, item in sorted(worker.chunk.items(), reverse=True):
             item.deaths += position in suspects
             if item.deaths > 1:
-                self._deliver(item, Verdict(None, "error", detail=f"two workers died on this item, the second with {_exit_text(code)}"))
+                self._deliver(item, Verdict(None, "error", detail=f"two workers died on this item, the second with {exit_text(code)}"))
             else:
                 self._pending.appendleft(item)
         if worker.ready:
             self._stats["respawns"] += 1
         else:
             self._failed_starts += 1
-            self._start_error = self._start_error or f"[verifier]: the worker ended with {_exit_text(code)} while it built the verifier"
-
-    def _kill(self, worker: _Worker) -> int:
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS answers PermissionError for a group of zombies
-            os.killpg(worker.process.pid, signal.SIGKILL)  # before reaping, so that the group's number cannot be another's
-        self._selector.unregister(worker.sock)
-        worker.sock.close()
-        return worker.process.wait()
-
-
-def _exit_text(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            self._start_error = self._start_error or f"[verifier]: the worker ended with {exit_text(code)} while it built the verifier"

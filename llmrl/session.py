@@ -85,7 +85,7 @@ def scorer_of(loaded: LoadedRecipe) -> Scorer:
     r = loaded.recipe
     return Scorer(
         r.verifier.use, r.verifier.kwargs, loaded.base, workers=r.scoring.workers, timeout_s=r.scoring.timeout_s,
-        memory_mb=r.scoring.memory_mb, max_failure_rate=r.scoring.max_failure_rate,
+        memory_mb=r.scoring.memory_mb, concurrency=r.scoring.concurrency, max_failure_rate=r.scoring.max_failure_rate,
     )  # fmt: skip
 
 

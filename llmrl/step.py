@@ -47,7 +47,7 @@ def run_step(session: Session, step: int) -> tuple[list[Group], list[Tensor], Ro
         session.engine, session.scorer, session.policy.chat, session.memory, session.sampling, r.rollout.group, (r.seed, step),
         more_prompts=session.stream.take,
     )  # fmt: skip
-    began = time.perf_counter()
+    began, scored = time.perf_counter(), session.scorer.stats()
     groups = asyncio.run(rule.collect(session.stream.take(r.rollout.prompts // session.world), io))  # type: ignore[arg-type]
     samples = [s for g in groups for s in g.samples]
     for s in samples:
@@ -63,6 +63,7 @@ def run_step(session: Session, step: int) -> tuple[list[Group], list[Tensor], Ro
         session.engine.load_weights(learner.version, learner.weights)
     row = {**rollout_metrics(samples, adv, learner), **learned}
     row |= {f"time/{name}_s": t for name, t in seconds.items()} | {"time/step_s": time.perf_counter() - began}
+    row |= verifier_metrics(scored, session.scorer.stats())
     return groups, adv, row
 
 
@@ -169,6 +170,14 @@ def check_gap(session: Session, metrics: dict[str, float], step: int) -> None:
         )
 
 
+def verifier_metrics(before: dict[str, float], after: dict[str, float]) -> Row:
+    """What this rank's verifier processes did between two looks at Scorer.stats()."""
+    new = {name: value - before.get(name, 0) for name, value in after.items()}
+    verdicts = sum(new.pop(status) for status in ("ok", "no_answer", "timeout", "error"))
+    times = {f"time/verdict_{part}_s": new.pop(f"{part}_s") / verdicts if verdicts else None for part in ("queue", "run")}
+    return {**times, **{f"verifier/{name}": value for name, value in new.items()}}
+
+
 def rollout_metrics(samples: Sequence[Sample], adv: Sequence[Tensor], learner: Learner) -> Row:
     """Metrics of the policy's samples, over all ranks."""
     policy = [(s, a) for s, a in zip(samples, adv, strict=True) if s.role == "policy"]
@@ -194,7 +203,8 @@ def rollout_metrics(samples: Sequence[Sample], adv: Sequence[Tensor], learner: L
     mean = t["reward"] / t["scored"] if t["scored"] else None
     return {
         "reward/mean": mean, "reward/std": None if mean is None else max(0.0, t["square"] / t["scored"] - mean**2) ** 0.5,
-        "samples": t["n"], "samples/unjudged": t["timeout"] + t["error"], "samples/no_answer_share": t["no_answer"] / t["n"] if t["n"] else None,
+        "samples": t["n"], "samples/unjudged": t["timeout"] + t["error"],
+        "samples/timeout": t["timeout"], "samples/error": t["error"], "samples/no_answer_share": t["no_answer"] / t["n"] if t["n"] else None,
         "groups/live_share": t["live"] / t["cohorts"] if t["cohorts"] else None, "length/mean_tokens": t["tokens"] / t["n"] if t["n"] else None,
         "length/max_tokens": longest, "length/truncated_share": t["cut"] / t["n"] if t["n"] else None, "tokens/generated": t["tokens"],
         "entropy/rollout_nats": t["nll"] / t["nll_n"] if t["nll_n"] else None,

@@ -43,7 +43,8 @@ def check_verifier(ref: str, kwargs: dict[str, Any], base: Path, *, timeout_s: f
     """Checks the contract of DESIGN section 5; a row per promise, and one per self-check row that fails. Never raises for a bad verifier.
 
     A self-check row is (question, gold, response, expected score) and holds for the factory's defaults, or for `kwargs` where the
-    factory has keywords without a default; a fifth element, a dict of keywords, says for which keywords it holds instead.
+    factory has keywords without a default; a fifth element, a dict of keywords, says for which keywords it holds instead. A sixth,
+    a dict, holds the row's other columns (Prompt.meta).
     """
     try:
         factory = plugins.resolve(ref, home="llmrl.rewards", base=base)
@@ -54,8 +55,7 @@ def check_verifier(ref: str, kwargs: dict[str, Any], base: Path, *, timeout_s: f
         with Scorer(ref, kwargs, base, workers=1, timeout_s=timeout_s, max_failure_rate=1.0) as scorer:
             rows = [CheckRow("builds in a fresh process", True, f"in {time.monotonic() - started:.2f} s")]
             own = [case for case in cases if case[4] == kwargs]
-            question, gold = [*((case[0], case[1]) for case in own or cases), ("2+2", "4")][0]
-            prompt = _prompt(0, question, gold)
+            prompt = _items(own or cases)[0][0] if cases else _prompt(0, "2+2", "4", {})
             rows += [_deterministic(scorer, cases), _survives(scorer, prompt), _deadline(scorer, prompt, timeout_s)]
             rows += [_missing_gold(scorer, own)] if own else []
     except InputError as error:
@@ -66,7 +66,7 @@ def check_verifier(ref: str, kwargs: dict[str, Any], base: Path, *, timeout_s: f
     return [*rows, *_selfcheck_rows(ref, base, cases, timeout_s)]
 
 
-_Case = tuple[str, "str | None", str, float, dict[str, Any]]
+_Case = tuple[str, "str | None", str, float, dict[str, Any], dict[str, Any]]
 
 
 def _cases(factory: Callable[..., Any], kwargs: dict[str, Any]) -> list[_Case]:
@@ -76,22 +76,23 @@ def _cases(factory: Callable[..., Any], kwargs: dict[str, Any]) -> list[_Case]:
     )
     found = []
     for row in getattr(inner, "selfcheck", []):
-        if not isinstance(row, tuple | list) or len(row) not in (4, 5) or not isinstance(row[2], str):
-            raise InputError(f"selfcheck row {row!r}: expected (question, gold, response, expected score) and at most a dict of keywords")
-        found.append((*row[:4], dict(row[4]) if len(row) == 5 else dict(kwargs) if needs_keys else {}))
+        if not isinstance(row, tuple | list) or not 4 <= len(row) <= 6 or not isinstance(row[2], str):
+            raise InputError(f"selfcheck row {row!r}: expected (question, gold, response, expected score[, keywords[, other columns]])")
+        keywords = dict(row[4]) if len(row) > 4 and (row[4] or not needs_keys) else dict(kwargs) if needs_keys else {}
+        found.append((*row[:4], keywords, dict(row[5]) if len(row) > 5 else {}))
     return found
 
 
 def _items(cases: list[_Case]) -> list[tuple[Prompt, str]]:
-    return [(_prompt(i, question, gold), response) for i, (question, gold, response, *_) in enumerate(cases)]
+    return [(_prompt(i, question, gold, meta), response) for i, (question, gold, response, _, _, meta) in enumerate(cases)]
 
 
-def _prompt(i: int, question: str, gold: str | None) -> Prompt:
-    return Prompt(f"selfcheck-{i}", ({"role": "user", "content": question},), gold)
+def _prompt(i: int, question: str, gold: str | None, meta: dict[str, Any]) -> Prompt:
+    return Prompt(f"selfcheck-{i}", ({"role": "user", "content": question},), gold, meta)
 
 
 def _deterministic(scorer: Scorer, cases: list[_Case]) -> CheckRow:
-    items = [*_items(cases), (_prompt(0, "2+2", "4"), r"\boxed{4}"), (_prompt(0, "2+2", "4"), "five")]
+    items = [*_items(cases), *((_prompt(0, "2+2", "4", {}), said) for said in (r"\boxed{4}", "five"))]
     runs = [[(v.score, v.status) for v in scorer.score(items)] for _ in range(3)]
     moved = [response for (_, response), *verdicts in zip(items, *runs, strict=True) if len(set(verdicts)) > 1]
     detail = f"the verdict changes for {moved[0][:200]!r}" if moved else f"{len(items)} responses three times"
@@ -122,7 +123,7 @@ def _deadline(scorer: Scorer, prompt: Prompt, timeout_s: float) -> CheckRow:
 def _missing_gold(scorer: Scorer, cases: list[_Case]) -> CheckRow:
     """Unjudged without a gold, or judged just as with it (then it is not needed)."""
     with_gold = scorer.score(_items(cases))
-    without = scorer.score(_items([(question, None, response, expected, keys) for question, _, response, expected, keys in cases]))
+    without = scorer.score(_items([(case[0], None, *case[2:]) for case in cases]))
     silent = sum(b.score is not None and b.score != a.score for a, b in zip(with_gold, without, strict=True))
     mend = f'{silent} rows without a gold are graded; return Verdict(None, "error", detail="the row has no gold answer")'
     detail = mend if silent else f"{sum(v.score is None for v in without)} of {len(without)} unjudged"
@@ -152,7 +153,7 @@ def _selfcheck_rows(ref: str, base: Path, cases: list[_Case], timeout_s: float) 
 
 
 def _wrong(case: _Case, verdict: Verdict) -> CheckRow:
-    question, gold, response, expected, keys = case
+    question, gold, response, expected, keys, _ = case
     name = f"self-check row {question[:60]!r}, gold {gold!r}, response {response[:80]!r}" + (f", {keys}" if keys else "")
     return CheckRow(name, False, f"expected {expected}, got {verdict.score} ({verdict.status}) {verdict.detail[:200]}")
 
@@ -160,9 +161,9 @@ def _wrong(case: _Case, verdict: Verdict) -> CheckRow:
 def _refused_golds(scorer: Scorer, keys: dict[str, Any], cases: list[_Case]) -> list[str]:
     """Golds of rows that can score 1 which do so in none of gold_forms."""
     refused = []
-    for question, gold, _, expected, _ in cases:
+    for question, gold, _, expected, _, meta in cases:
         if expected == 1.0 and gold:
-            prompt = _prompt(0, question, gold)
+            prompt = _prompt(0, question, gold, meta)
             verdicts = scorer.score([(prompt, text) for text in gold_forms(gold, keys).values()])
             refused += [] if any(v.score == 1.0 for v in verdicts) else [gold]
     return refused

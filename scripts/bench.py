@@ -121,6 +121,9 @@ class Numbered:
     def score(self, items: list[tuple[Prompt, str]]) -> Any:
         return self.scorer.score([(replace(p, meta={"sample": i % self.group}), text) for i, (p, text) in enumerate(items)])
 
+    def stats(self) -> dict[str, float]:
+        return self.scorer.stats()
+
     def close(self) -> None:
         self.scorer.close()
 

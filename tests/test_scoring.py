@@ -102,6 +102,67 @@ def late():
         return Verdict(float(response == prompt.answer))
     return verify
 
+def judge(*, marks: str):
+    # its detail says how many calls were in flight when this one began
+    state = {"now": 0}
+    async def verify(prompt, response):
+        verify.counters["judge/calls"] += 1
+        verify.counters["judge/tokens"] += 10
+        state["now"] += 1
+        seen = state["now"]
+        try:
+            if response == "blocks":
+                time.sleep(1000)
+            if response == "dies":
+                with open(os.path.join(marks, "dies"), "a") as f:
+                    f.write("x")
+                await asyncio.sleep(0.05)
+                os._exit(3)
+            if response == "own timeout":
+                raise TimeoutError("the endpoint is slow")
+            if response == "gives up":
+                raise asyncio.CancelledError
+            await asyncio.sleep(float(response))
+            return Verdict(1.0, "ok", str(os.getpid()), str(seen))
+        finally:
+            state["now"] -= 1
+    verify.counters = {"judge/calls": 0.0, "judge/tokens": 0.0}
+    return verify
+
+def mixed():
+    async def later(response):
+        await asyncio.sleep(0.01)
+        return Verdict(1.0, "ok", response)
+    return lambda prompt, response: later(response) if response.startswith("a") else Verdict(0.0, "ok", response)
+
+def slow_by_itself(*, worst_case_s: float):
+    def verify(prompt, response):
+        return Verdict(1.0)
+    verify.about = {"sandbox": "none", "worst_case_s": worst_case_s}
+    return verify
+
+def daemon(*, marks: str):
+    def verify(prompt, response):
+        if response == "daemon":  # forks twice and opens a session of its own: no longer in the group of the worker
+            if os.fork() == 0:
+                os.setsid()
+                if os.fork() == 0:
+                    with open(os.path.join(marks, "daemon"), "w") as f:
+                        f.write(str(os.getpid()))
+                    time.sleep(1000)
+                os._exit(0)
+            while not os.path.exists(os.path.join(marks, "daemon")):
+                time.sleep(0.01)
+            time.sleep(1000)
+        return Verdict(1.0)
+    return verify
+
+def hungry():
+    table = bytearray(1200 << 20)  # what the verifier itself needs is not counted
+    def verify(prompt, response):
+        return Verdict(1.0, "ok", str(len(bytearray(int(response) << 20)) + len(table) * 0))
+    return verify
+
 def unbuildable():
     raise ValueError("the unit table is missing")
 
@@ -242,6 +303,68 @@ def test_coroutine_verifiers_are_awaited_and_killed_like_others(base: Path) -> N
     with Scorer("./v.py:late", {}, base, workers=1, timeout_s=0.5) as scorer:
         verdicts = scorer.score([(P, r) for r in ("7", "exit", "6", "never", "7")])
     assert [(v.score, v.status) for v in verdicts] == [(1.0, "ok"), (None, "error"), (0.0, "ok"), (None, "timeout"), (1.0, "ok")]
+
+
+def test_coroutine_verifiers_run_together_up_to_the_cap(base: Path, tmp_path: Path) -> None:
+    with Scorer("./v.py:judge", {"marks": str(tmp_path)}, base, workers=1, concurrency=8) as scorer:
+        started = time.monotonic()
+        verdicts = scorer.score([(P, "0.2")] * 40)
+        took = time.monotonic() - started
+        most = max(int(v.detail) for v in verdicts)
+        assert most == 8 and [v.score for v in verdicts] == [1.0] * 40
+        assert 5 * 0.2 <= took < 3  # one after the other it would be 8 s
+        order = [f"{0.2 - 0.01 * i:.2f}" for i in range(16)]  # the last ones end first
+        assert [v.status for v in scorer.score([(P, r) for r in order])] == ["ok"] * 16
+        assert scorer.stats()["judge/calls"] == 56 and scorer.stats()["judge/tokens"] == 560
+
+
+def test_a_late_call_is_cancelled_without_its_neighbours(base: Path, tmp_path: Path) -> None:
+    with Scorer("./v.py:judge", {"marks": str(tmp_path)}, base, workers=1, timeout_s=0.6, max_failure_rate=1.0) as scorer:
+        first = scorer.score([(P, "0")])[0].answer
+        verdicts = scorer.score([(P, r) for r in ("0.3", "60", "0.3", "own timeout", "gives up", "0.3")])
+        assert [v.status for v in verdicts] == ["ok", "timeout", "ok", "error", "error", "ok"]
+        assert "was cancelled" in verdicts[1].detail and verdicts[3].detail == "TimeoutError: the endpoint is slow"
+        assert verdicts[5].answer == first and scorer.stats()["respawns"] == 0
+
+
+def test_a_call_that_blocks_the_event_loop_is_killed_and_what_dies_goes_alone(base: Path, tmp_path: Path) -> None:
+    with Scorer("./v.py:judge", {"marks": str(tmp_path)}, base, workers=1, timeout_s=0.5, max_failure_rate=1.0) as scorer:
+        assert scorer.score([(P, "0")])[0].status == "ok"
+        assert scorer.score([(P, "blocks")])[0].status == "timeout" and scorer.stats()["respawns"] == 1
+        assert scorer.score([(P, "0")])[0].status == "ok"
+        verdicts = scorer.score([(P, r) for r in ("0.2", "0.2", "dies", "0.2", "0.2")])
+        assert [v.status for v in verdicts] == ["ok", "ok", "error", "ok", "ok"]  # the neighbours died with it once, not twice
+        assert "two workers died" in verdicts[2].detail and (tmp_path / "dies").read_text() == "xx"
+
+
+def test_verdicts_and_awaitables_may_mix(base: Path) -> None:
+    responses = ["p0", "a1", "p2", "a3", *(f"{'a' if i % 3 else 'p'}{i}" for i in range(100))]
+    with Scorer("./v.py:mixed", {}, base) as scorer:
+        for _ in range(2):
+            verdicts = scorer.score([(P, r) for r in responses])
+            assert [v.answer for v in verdicts] == responses and [v.score for v in verdicts] == [float(r[0] == "a") for r in responses]
+
+
+def test_what_a_verifier_tells_of_itself(base: Path) -> None:
+    with Scorer("./v.py:slow_by_itself", {"worst_case_s": 3.0}, base, timeout_s=5) as scorer:
+        assert scorer.about == {"sandbox": "none", "worst_case_s": 3.0}
+    with pytest.raises(InputError, match=r"may take 5 s for one response by its own limits, and scoring.timeout_s is 5; raise"):
+        Scorer("./v.py:slow_by_itself", {"worst_case_s": 5.0}, base, timeout_s=5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a worker adopt its orphans")
+def test_a_daemon_that_left_the_group_dies_with_its_worker(base: Path, tmp_path: Path) -> None:
+    with Scorer("./v.py:daemon", {"marks": str(tmp_path)}, base, workers=1, timeout_s=0.7) as scorer:
+        assert scorer.score([(P, "daemon")])[0].status == "timeout"
+        assert not wait_until_gone([int((tmp_path / "daemon").read_text())])
+        assert scorer.score([(P, "7")]) == [Verdict(1.0)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no such limit elsewhere")
+def test_the_memory_limit_counts_from_the_built_verifier(base: Path) -> None:
+    with Scorer("./v.py:hungry", {}, base, workers=1, memory_mb=512, max_failure_rate=1.0) as scorer:
+        verdicts = scorer.score([(P, r) for r in ("300", "700", "300")])
+    assert [(v.status, v.detail.split(":")[0]) for v in verdicts] == [("ok", ""), ("error", "MemoryError"), ("ok", "")]
 
 
 def test_rows_that_cannot_travel_are_errors_of_their_own(base: Path) -> None:
