@@ -123,13 +123,17 @@ def verify(
     disagreements: Annotated[Path | None, typer.Option(help="Rows whose label the verifier contradicts; default CASES.disagreements.jsonl")] = None,
     workers: Annotated[int, typer.Option(min=1)] = 2,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds a verdict may take")] = 10.0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Calls in flight in one worker, for judges and reward models")] = 16,
     json_: Json = False,
 ) -> None:  # fmt: skip
     """Grade a file of responses with a verifier; where rows have labels, measure the agreement."""
     from llmrl.verify import verify_file
 
     where = disagreements or cases.with_name(cases.name.split(".jsonl")[0] + ".disagreements.jsonl")
-    summary = verify_file(cases, use, _keywords(keys), Path.cwd(), out=out, disagreements=where, workers=workers, timeout_s=timeout_s, progress=not json_)
+    summary = verify_file(
+        cases, use, _keywords(keys), Path.cwd(), out=out, disagreements=where, workers=workers, timeout_s=timeout_s,
+        concurrency=concurrency, progress=not json_,
+    )  # fmt: skip
     if not summary.labelled and disagreements is None and where.is_file() and where.stat().st_size == 0:
         where.unlink()  # without labels there is nothing to disagree with
     if json_:

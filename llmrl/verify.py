@@ -64,7 +64,14 @@ class VerifySummary:
     """Judged correct, labelled wrong: what a policy would learn to exploit."""
     false_negatives: int = 0
     seconds: float = 0.0
+    run_s: float | None = None
+    """Mean time of one verdict in its worker."""
     respawns: int = 0
+    """Worker processes that had to be replaced."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What the verifier tells of how it runs, e.g. its sandbox."""
+    counters: dict[str, float] = field(default_factory=dict)
+    """What it counts itself, e.g. calls and tokens."""
     unjudged_examples: list[dict[str, Any]] = field(default_factory=list)
     """The first five rows without a score: id, status, detail."""
     _score_sum: float = field(default=0.0, repr=False)
@@ -117,6 +124,9 @@ class VerifySummary:
             table.add_row("labelled wrong", f"{self.true_negatives} judged wrong", f"{self.false_positives} judged correct")
         table.add_section()
         table.add_row("time", f"{self.seconds:.1f} s", f"{self.rows / self.seconds:.0f} rows/s" if self.seconds else "")
+        table.add_row("a verdict", "" if self.run_s is None else f"{1e3 * self.run_s:.3g} ms", f"{self.respawns} workers replaced")
+        for name, value in {**self.about, **self.counters}.items():
+            table.add_row(name, f"{value:,.6g}" if isinstance(value, float) else str(value))
         for example in self.unjudged_examples:
             table.add_row(f"unjudged {example['id']}", example["status"], example["detail"][:160])
         return table
@@ -132,6 +142,7 @@ def verify_file(
     disagreements: Path | None = None,
     workers: int = 2,
     timeout_s: float = 10.0,
+    concurrency: int = 16,
     progress: bool = True,
 ) -> VerifySummary:
     """Grades rows {"id"?, "prompt"?, "gold", "response", "label"?} of a .jsonl or .jsonl.gz file with the verifier `ref`.
@@ -149,7 +160,7 @@ def verify_file(
         stack.callback(source.close)
         # before the scorer, so that on an error or Ctrl-C the scorer closes first and ends the calls that wait in the pool
         pool = stack.enter_context(ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="llmrl-verify"))
-        scorer = stack.enter_context(Scorer(ref, kwargs, base, workers=workers, timeout_s=timeout_s, max_failure_rate=1.0))
+        scorer = stack.enter_context(Scorer(ref, kwargs, base, workers=workers, timeout_s=timeout_s, concurrency=concurrency, max_failure_rate=1.0))
         rows_out = stack.enter_context(_Sink(out))
         wrong_out = stack.enter_context(_Sink(disagreements))
         bar = stack.enter_context(_bar(progress))
@@ -163,7 +174,11 @@ def verify_file(
         bar.update(task, completed=source.bytes_total)
         rows_out.keep()
         wrong_out.keep()
-        summary.respawns = int(scorer.stats()["respawns"])
+        stats = scorer.stats()
+        summary.respawns, run_s = int(stats.pop("respawns")), stats.pop("run_s")
+        summary.run_s = run_s / summary.rows if summary.rows else None
+        summary.counters = {name: value for name, value in stats.items() if name not in summary.statuses and name != "queue_s"}
+        summary.about = {name: value for name, value in scorer.about.items() if name != "worst_case_s"}
     summary.seconds = time.monotonic() - started
     return summary
 
