@@ -33,7 +33,7 @@ class Finding:
 
 def check_recipe(loaded: LoadedRecipe) -> Iterator[Finding]:
     """Yields findings as they come; the last ones need the model. InputError where the recipe cannot even be opened."""
-    session = open_session(loaded)
+    session = open_session(loaded, sharded=False)
     try:
         yield Finding("recipe, plug-ins, verifier process, model and its packed forward", True, f"{loaded.path}")
         t = session.tables
@@ -107,7 +107,7 @@ def _memory(session: Session) -> Finding:
     config = model.config.get_text_config()
     n, size = sum(p.numel() for p in model.parameters()), model.dtype.itemsize
     copies = 2 if session.rule.needs.ref_logp else 1
-    fixed = n * (size * copies + (4 if session.learner.split else 0) + 4 + 8)
+    fixed = n * (size * copies + (4 if model.dtype == torch.bfloat16 else 0) + 4 + 8)
     layers = 2 if r.model.gradient_checkpointing else config.num_hidden_layers
     activations = r.batch.tokens * layers * (18 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)) * size
     head = min(r.model.head_chunk, r.batch.tokens) * config.vocab_size * 4 * 3

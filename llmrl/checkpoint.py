@@ -1,8 +1,9 @@
 """Checkpoints that are either whole or not there, and from which a run goes on as if it had never stopped.
 
-`checkpoints/step-000010/` holds `model/` (a plain transformers folder), `state.safetensors` (optimizer moments, fp32 masters, tensors of
-the credit state) and `state-rank0.json` ... (step, data cursor, credit state, memory, random state). It is written under a temporary
-name, every file and folder is fsynced, and only then it is renamed. Nothing is pickled.
+`checkpoints/step-000010/` holds `model/` (a plain transformers folder; with LoRA the adapters in PEFT's format), `state.safetensors`
+(optimizer moments, fp32 masters), `state.json` with its tensors in `state-extra.safetensors` (step, data cursor, credit state, memory) and
+`random-rank0.safetensors` ... It is written under a temporary name, every file and folder is fsynced, and only then it is renamed. Nothing
+is pickled. Tensors are whole whatever the learner's strategy, so a run saved under one strategy and number of processes goes on under another.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmrl.records import InputError
+from llmrl.strategy import cut_like, whole
 
 if TYPE_CHECKING:
     from llmrl.learner import Learner
@@ -35,7 +37,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(folder: Path, step: int, learner: Learner, state: dict[str, Any], *, rank: int = 0, world: int = 1) -> Path:
-    """Writes checkpoints/step-<step>; every rank calls it. `state` is this rank's, JSON-able, except tensors at any depth."""
+    """Writes checkpoints/step-<step>; every rank calls it, with the same `state`: JSON-able, except tensors at any depth."""
     final = folder / f"step-{step:06d}"
     part = folder / f".part-step-{step:06d}"
     if rank == 0:
@@ -44,13 +46,15 @@ def save(folder: Path, step: int, learner: Learner, state: dict[str, Any], *, ra
             shutil.rmtree(old)
         part.mkdir()
     learner.accelerator.wait_for_everyone()
-    tensors: dict[str, Tensor] = {}
-    plain = _strip({**state, "random": _random_state()}, "", tensors)
+    save_model(part / "model", learner)
+    whole = {k: v.cpu().contiguous() for k, v in learner.held.state() if rank == 0}
+    for name, content in [*([("state", state)] if rank == 0 else []), (f"random-rank{rank}", _random_state())]:
+        tensors: dict[str, Tensor] = {}
+        plain = {"format": 2, "world": world, "state": _strip(content, "", tensors)}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part / f"{name}-extra.safetensors")
+        (part / f"{name}.json").write_text(json.dumps(plain, sort_keys=True), encoding="utf-8")
     if rank == 0:
-        save_model(part / "model", learner)
-        save_file({k: v.contiguous() for k, v in learner.state_tensors().items()}, part / "state.safetensors", metadata={"format": "pt"})
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part / f"state-rank{rank}.safetensors")
-    (part / f"state-rank{rank}.json").write_text(json.dumps({"format": 1, "world": world, "state": plain}, sort_keys=True), encoding="utf-8")
+        save_file(whole, part / "state.safetensors", metadata={"format": "pt"})
     learner.accelerator.wait_for_everyone()
     if rank == 0:
         _sync_tree(part)
@@ -63,55 +67,106 @@ def save(folder: Path, step: int, learner: Learner, state: dict[str, Any], *, ra
 
 
 def save_model(folder: Path, learner: Learner) -> None:
-    """A plain transformers folder: weights, configuration, tokenizer, chat template."""
+    """A plain transformers folder: weights, configuration, tokenizer, chat template. Collective; the first rank writes.
+
+    With LoRA: the adapters as PEFT writes them; transformers and vLLM read them where the base model is at the path they name.
+    """
     model = learner.policy.model
-    implementation = model.config._attn_implementation
-    model.config._attn_implementation = "sdpa"  # ours would not be known to whoever loads the folder
-    try:
-        model.save_pretrained(folder)
-    finally:
-        model.config._attn_implementation = implementation
+    weights = {name: w.cpu().contiguous() for name, w in learner.held.weights() if learner.accelerator.process_index == 0}
+    if learner.accelerator.process_index:
+        return
+    if learner.policy.lora:
+        folder.mkdir(parents=True)
+        adapters = {_ADAPTER + name.replace(".default.", "."): w for name, w in weights.items()}
+        save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        model.peft_config["default"].save_pretrained(str(folder))  # type: ignore[union-attr, index]
+    else:
+        implementation = model.config._attn_implementation
+        model.config._attn_implementation = "sdpa"  # ours would not be known to whoever loads the folder
+        try:
+            model.save_pretrained(folder, state_dict={**_tied(model, weights), **_fixed(model, weights)})
+        finally:
+            model.config._attn_implementation = implementation
     learner.policy.chat.tokenizer.save_pretrained(folder)
 
 
-def load(checkpoint: Path, learner: Learner, *, rank: int = 0, world: int = 1) -> dict[str, Any]:
-    """Restores weights, optimizer and random state; returns this rank's `state` as it was given to save()."""
+_ADAPTER = "base_model.model."
+
+
+def _tied(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, and those that share another's memory under their second name: save_pretrained knows which of them to leave out."""
+    first: dict[int, str] = {}
+    out = dict(weights)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(p), name)
+        if known != name and known in weights:
+            out[name] = weights[known]
+    return out
+
+
+def _fixed(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What never learns but belongs to the folder: saved buffers."""
+    return {name: x.detach().cpu() for name, x in model.state_dict().items() if name in dict(model.named_buffers()) and name not in weights}
+
+
+def load(checkpoint: Path, learner: Learner, *, rank: int = 0) -> dict[str, Any]:
+    """Restores weights, optimizer and random state; returns `state` as it was given to save()."""
     try:
-        file = json.loads((checkpoint / f"state-rank{rank}.json").read_text(encoding="utf-8"))
-        mine = load_file(checkpoint / f"state-rank{rank}.safetensors")
-        state = load_file(checkpoint / "state.safetensors")
+        state, its = _read(checkpoint, "state")
+        mine = checkpoint / f"random-rank{rank}.json"
+        random_state = _fill(*_read(checkpoint, f"random-rank{rank}" if mine.exists() else "random-rank0"))
+        optimizer = load_file(checkpoint / "state.safetensors")
         weights = {k: v for part in sorted((checkpoint / "model").glob("*.safetensors")) for k, v in load_file(part).items()}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, KeyError) as e:
         raise InputError(f"{checkpoint}: cannot be read as a checkpoint: {e}") from e
-    if file["world"] != world:
-        raise InputError(f"{checkpoint} was written by {file['world']} processes and cannot be resumed by {world}; use as many")
+    if learner.policy.lora:
+        weights = {name: weights[key] for name, _ in learner.params if (key := _ADAPTER + name.replace(".default.", ".")) in weights}
     missing = [name for name, _ in learner.params if name not in weights]
     if missing:
         raise InputError(f"{checkpoint}: its model lacks {len(missing)} tensors of this one, first {missing[0]}")
-    learner.load_state_tensors(weights, state)
-    restored = _fill(file["state"], mine)
-    _set_random_state(restored.pop("random"))
-    return restored
+    learner.load(weights, optimizer)
+    _set_random_state(random_state)
+    return _fill(state, its)
+
+
+def _read(checkpoint: Path, name: str) -> tuple[Any, dict[str, Tensor]]:
+    file = json.loads((checkpoint / f"{name}.json").read_text(encoding="utf-8"))
+    if file["format"] != 2:
+        raise ValueError(f"{name}.json is of format {file['format']}, this version reads 2")
+    return file["state"], load_file(checkpoint / f"{name}-extra.safetensors")
 
 
 def save_reference(path: Path, learner: Learner) -> None:
-    """The reference model's weights, once a run: a warm start makes them irreproducible from the model's path."""
+    """The reference model's weights, once a run: a warm start makes them irreproducible from the model's path. Collective."""
     assert learner.reference is not None
-    part = path.with_name(f".{path.name}.part")
-    save_file({n: p.detach().contiguous() for n, p in learner.reference.model.named_parameters()}, part)
-    _sync(part)
-    part.rename(path)
+    if learner.policy.lora:  # it is the base model
+        return
+    tensors = {n: whole(p).cpu().contiguous() for n, p in learner.reference.model.named_parameters() if _gathered(p, learner)}
+    if learner.accelerator.process_index == 0:
+        part = path.with_name(f".{path.name}.part")
+        save_file(tensors, part)
+        _sync(part)
+        part.rename(path)
+
+
+def _gathered(p: Tensor, learner: Learner) -> bool:
+    """True on the rank that keeps the tensor; the others take part in gathering it."""
+    if learner.accelerator.process_index:
+        whole(p)
+    return learner.accelerator.process_index == 0
 
 
 def load_reference(path: Path, learner: Learner) -> None:
     """The counterpart. InputError when the file is gone."""
     assert learner.reference is not None
+    if learner.policy.lora:
+        return
     if not path.is_file():
         raise InputError(f"{path}: the reference model's weights are gone; the run cannot be continued as it was")
     weights = load_file(path)
     with torch.no_grad():
         for name, p in learner.reference.model.named_parameters():
-            p.copy_(weights[name])
+            p.copy_(cut_like(weights[name], p))
 
 
 def prune(folder: Path, *, keep: int, best: list[int]) -> None:

@@ -51,6 +51,8 @@ class HFEngine:
     def __init__(self, policy: Policy, *, rows: int = 512, cache_gb: float = 4.0):
         self.policy, self.rows, self.cache_gb = policy, rows, cache_gb
         self.policy_version = 0
+        self.replica = False
+        """Its model is a copy of a sharded learner's: set by the session."""
         config = policy.model.config.get_text_config()
         self.layers: int = config.num_hidden_layers
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -59,8 +61,13 @@ class HFEngine:
         self._cache: list[tuple[Tensor, Tensor]] = []
 
     def load_weights(self, version: int, weights: Callable[[], Any] | None) -> None:
-        """The weights are the learner's own tensors: only the version's number is taken over."""
+        """Where the weights are the learner's own tensors only the version's number is taken over; a replica copies them, one at a time."""
         self.policy_version = version
+        if self.replica and weights is not None:
+            there = dict(self.policy.model.named_parameters())
+            with torch.no_grad():
+                for name, weight in weights():
+                    there[name].copy_(weight)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion a request, in order."""

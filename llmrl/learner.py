@@ -1,25 +1,25 @@
-"""The learner: packed forwards, gradients with fp32 accumulation, AdamW on fp32 weights, and nothing computed twice.
+"""The learner: packed forwards, log-probs under the policy and its reference, updates, and nothing computed twice.
 
-Precision: with model.dtype = "bfloat16" the forward and backward run in bf16 on working weights, while the optimizer keeps fp32 master
-weights and gradients are summed over micro-batches in fp32; small updates are not lost to rounding. With "float32" all is fp32.
-Over several processes (accelerate's launch, gloo or NCCL) each computes its own micro-batches and gradients are summed before an
-update: denominators are already global, so the gradient is that of one process.
+Over several processes (gloo or NCCL) each computes its own micro-batches and gradients are summed before an update: denominators are
+already global, so the gradient is that of one process. How weights, gradients and optimizer lie over them: strategy.py.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llmrl.batch import Outputs, TokenBatch, pack, seg_tokens
-from llmrl.head import head_logp
-from llmrl.models import Policy, trainable
+from llmrl.models import Policy
 from llmrl.records import Sample
+from llmrl.strategy import BadGradient, PackedLogp, Replicated, Sharded, Strategy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,116 +42,128 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
 
 
 class Learner:
-    """Owns the weights that learn. `version` counts updates since the first weights."""
+    """Owns the weights that learn. `version` counts updates since the first weights.
 
-    def __init__(self, policy: Policy, accelerator: Accelerator, *, head_chunk: int = 1024, temperature: float = 1.0):
+    strategy: how they lie over processes; None = whole in each. make_policy: the policy as it was loaded, another copy: a sharded
+    learner needs it for the reference model.
+    """
+
+    def __init__(
+        self, policy: Policy, accelerator: Accelerator, *,
+        strategy: Strategy | None = None, head_chunk: int = 1024, temperature: float = 1.0, make_policy: Callable[[], Policy] | None = None,
+    ):  # fmt: skip
         self.policy, self.accelerator = policy, accelerator
-        self.head_chunk, self.temperature = head_chunk, temperature
+        self.head_chunk, self.temperature, self.make_policy = head_chunk, temperature, make_policy
         self.version = 0
-        self.params = trainable(policy.model)
-        self.split = policy.model.dtype == torch.bfloat16
-        self.masters = [p.detach().float().clone().requires_grad_() for _, p in self.params] if self.split else [p for _, p in self.params]
-        if self.split:
-            for (_, p), master in zip(self.params, self.masters, strict=True):
-                p.register_post_accumulate_grad_hook(self._to_master(master))
+        self.held = strategy or Replicated(policy, head_chunk, accelerator.num_processes)
+        self.params = self.held.params
         self.reference: Policy | None = None
-        self.optimizer: torch.optim.AdamW | None = None
+        self._reference: Callable[..., tuple[Tensor, Tensor | None]] | None = None
         policy.model.train()
-
-    @staticmethod
-    def _to_master(master: Tensor) -> Callable[[Tensor], None]:
-        def move(p: Tensor) -> None:
-            assert p.grad is not None
-            if master.grad is None:
-                master.grad = p.grad.float()
-            else:
-                master.grad += p.grad
-            p.grad = None
-
-        return move
 
     # ------------------------------------------------------------ set-up
 
     def start(self, optim: Optim) -> None:
         """A fresh optimizer: at the start of a warm start, and again of RL."""
-        self.optim = optim
-        self.optimizer = torch.optim.AdamW(self.masters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, foreach=True)
+        self.held.start(optim)
 
     def freeze_reference(self) -> None:
-        """The present weights become the reference model."""
-        model = copy.deepcopy(self.policy.model).requires_grad_(False).eval()
-        self.reference = Policy(model, self.policy.chat, self.policy.stop_ids, self.policy.banned_ids, self.policy.kernel)
+        """The present weights become the reference model. With LoRA it is the model without its adapters, which costs no memory."""
+        if self.policy.lora:
+            self.reference, self._reference = self.policy, self._without_adapters
+            return
+        if self.held.in_step:
+            assert self.make_policy is not None, "a sharded learner makes its reference model from a copy of the policy"
+            policy = self.make_policy()
+            there = dict(policy.model.named_parameters())
+            with torch.no_grad():
+                for name, weight in self.held.weights():
+                    there[name].copy_(weight)
+        else:
+            policy = replace(self.policy, model=copy.deepcopy(self.policy.model))
+        policy.model.requires_grad_(False).eval()
+        self.reference = policy
+        sharded = self.held.name in ("fsdp2", "zero3")  # where the weights that learn are sharded, these are too
+        self._reference = Sharded(policy, self.head_chunk, self.accelerator.num_processes).module if sharded else PackedLogp(policy, self.head_chunk)
+
+    def _without_adapters(self, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        self.policy.model.disable_adapters()
+        try:
+            return self.held.module(*inputs)
+        finally:
+            self.policy.model.enable_adapters()
 
     # ------------------------------------------------------------ forward
 
-    def _logp(self, policy: Policy, batch: TokenBatch, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        hidden = policy.hidden(batch.ids_P, batch.positions_P, batch.plan(policy.kernel))
-        return head_logp(
-            hidden.index_select(0, batch.source_T), *policy.head, batch.tokens_T,
-            temperature=self.temperature, banned_ids=policy.banned_ids, chunk=self.head_chunk, entropy=entropy,
-        )  # fmt: skip
+    def _logp(self, module: Callable[..., tuple[Tensor, Tensor | None]], batch: TokenBatch, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        return module(batch.ids_P, batch.positions_P, batch.plan(self.policy.kernel), batch.source_T, batch.tokens_T, self.temperature, entropy)
 
     def forward(self, batch: TokenBatch, needs: Needs) -> Outputs:
         """Log-probs with gradient, and what the rule asked for. old_logp is logp itself unless a stream "old_logp" holds it."""
-        logp, entropy = self._logp(self.policy, batch, needs.entropy)
+        logp, entropy = self._logp(self.held.module, batch, needs.entropy)
         old = batch.stream.get("old_logp")
         return Outputs(logp, logp.detach() if old is None else torch.where(old.isnan(), logp.detach(), old), batch.stream.get("ref_logp"), entropy)
+
+    def in_step(self, batches: Sequence[TokenBatch], *, backward: bool = True) -> Iterator[tuple[TokenBatch, bool]]:
+        """(micro-batch on the device, whether it is the last before the update) of each.
+
+        A sharded learner runs collectives in every forward and backward, so a rank with fewer micro-batches than another adds passes of
+        one token and weight 0: the gradient is the same, and nobody waits for a rank that has nothing to do.
+        """
+        n = len(batches)
+        if self.held.in_step:
+            n = max(1, int(self.all_max(torch.tensor([float(n)]))[0]))
+        for k, batch in enumerate(batches):
+            yield batch.to(self.policy.device), k + 1 == n
+        for k in range(len(batches), n):
+            token = min(self.policy.stop_ids)
+            (blank,) = pack([Sample("blank", "blank", [token], [token], None, 0, weights={})], [torch.zeros(1)], tokens=1)
+            logp, _ = self._logp(self.held.module, blank.to(self.policy.device), False)
+            if backward:
+                self.held.backward(0.0 * logp.sum(), k + 1 == n)
 
     @torch.no_grad()
     def add_stream(self, name: str, samples: Sequence[Sample], *, tokens: int) -> None:
         """Fills samples' stream "old_logp" (weights as they are now) or "ref_logp" (reference model): one forward without gradient."""
-        policy = {"old_logp": self.policy, "ref_logp": self.reference}[name]
-        if policy is None:
+        policy, module = {"old_logp": (self.policy, self.held.module), "ref_logp": (self.reference, self._reference)}[name]
+        if policy is None or module is None:
             raise RunFailed("the rule asks for ref_logp but no reference model was made")
         todo = [s for s in samples if name not in s.streams]
         training = policy.model.training
         policy.model.eval()
-        for batch in pack(todo, [torch.zeros(len(s.token_ids)) for s in todo], tokens=tokens):
-            logp, _ = self._logp(policy, batch.to(policy.device), entropy=False)
+        batches = pack(todo, [torch.zeros(len(s.token_ids)) for s in todo], tokens=tokens)
+        for batch, _ in self.in_step(batches, backward=False):
+            logp, _ = self._logp(module, batch, entropy=False)
             for i, values in zip(batch.sample_index, seg_tokens(logp.cpu(), batch), strict=True):
                 todo[i].streams[name] = values.tolist()
         policy.model.train(training)
 
     # ------------------------------------------------------------ update
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds this micro-batch's gradient."""
-        loss.backward()
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Adds this micro-batch's gradient; `last` as in_step says."""
+        self.held.backward(loss, last)
 
     def update(self, lr: float) -> float:
         """Sums gradients over ranks, clips, steps, and returns the gradient norm before clipping."""
-        assert self.optimizer is not None, "start() comes first"
-        for m in self.masters:
-            if m.grad is None:  # a step without a live sample is a step with gradient 0: the optimizer's momentum still moves
-                m.grad = torch.zeros_like(m)
-        if self.accelerator.num_processes > 1:
-            for m in self.masters:
-                torch.distributed.all_reduce(m.grad)
-        grads = [m.grad for m in self.masters if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if not torch.isfinite(norm):
-            bad = [name for (name, _), m in zip(self.params, self.masters, strict=True) if m.grad is not None and not m.grad.isfinite().all()]
-            raise RunFailed(f"update {self.version}: the gradient is not finite in {len(bad)} tensors, first {bad[0]}; no weight was changed")
-        if self.optim.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.masters, self.optim.clip_norm, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._publish()
+        try:
+            norm = self.held.update(lr)
+        except BadGradient as bad:
+            raise RunFailed(f"update {self.version}: the gradient is not finite in {bad}; no weight was changed") from None
         self.version += 1
-        return float(norm)
+        return norm
 
-    @torch.no_grad()
-    def _publish(self) -> None:
-        """Working weights take over the masters'."""
-        if self.split:
-            for (_, p), master in zip(self.params, self.masters, strict=True):
-                p.copy_(master)
+    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Weights and optimizer as held.weights() and held.state() gave them, under whatever strategy. Every rank has all tensors."""
+        if self.held.in_step and state:  # DeepSpeed makes its moments at the first update: one of a zero gradient, at learning rate 0
+            for _ in self.in_step([]):
+                pass
+            self.held.update(0.0)
+        self.held.load(weights, state)
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """(name, tensor) of the working weights, for engines that do not share memory with the learner."""
-        return ((name, p.detach()) for name, p in self.params)
+        """(name, whole tensor) of the weights that learn, one at a time, for engines that do not share memory with the learner. Collective."""
+        return self.held.weights()
 
     def all_sum(self, x: Tensor) -> Tensor:
         """Sum over processes; the tensor itself on one."""
@@ -161,34 +173,21 @@ class Learner:
         """Largest over processes, element by element."""
         return self._all(x, torch.distributed.ReduceOp.MAX)
 
+    def gather(self, value: Any) -> list[Any]:
+        """JSON-able values of all ranks, in their order. They travel as text: nothing is unpickled."""
+        if self.accelerator.num_processes == 1:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.policy.device)
+        sizes = [torch.zeros(1, dtype=torch.long, device=text.device) for _ in range(self.accelerator.num_processes)]
+        torch.distributed.all_gather(sizes, torch.tensor([len(text)], device=text.device))
+        longest = max(int(n) for n in sizes)
+        parts = [torch.zeros(longest, dtype=torch.uint8, device=text.device) for _ in sizes]
+        torch.distributed.all_gather(parts, torch.nn.functional.pad(text, (0, longest - len(text))))
+        return [json.loads(bytes(p[: int(n)].tolist())) for p, n in zip(parts, sizes, strict=True)]
+
     def _all(self, x: Tensor, how: Any) -> Tensor:
         if self.accelerator.num_processes == 1:
             return x
         moved = x.detach().clone().to(self.policy.device)
         torch.distributed.all_reduce(moved, op=how)
         return moved.to(x.device)
-
-    # ------------------------------------------------------------ state
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Everything beyond the model folder that an exact resume needs: masters (bf16), optimizer moments and counts."""
-        assert self.optimizer is not None
-        out: dict[str, Tensor] = {}
-        for (name, _), m in zip(self.params, self.masters, strict=True):
-            if self.split:
-                out[f"master/{name}"] = m.detach()
-            for key, value in self.optimizer.state.get(m, {}).items():
-                out[f"{key}/{name}"] = torch.as_tensor(value)
-        return out
-
-    @torch.no_grad()
-    def load_state_tensors(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        """The counterpart: `weights` by parameter name, `state` as state_tensors() gave it."""
-        assert self.optimizer is not None
-        for (name, p), m in zip(self.params, self.masters, strict=True):
-            p.copy_(weights[name])
-            if self.split:
-                m.copy_(state[f"master/{name}"])
-            entry: dict[str, Any] = {k: state[f"{k}/{name}"].clone() for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in state}
-            if entry:
-                self.optimizer.state[m] = entry

@@ -17,7 +17,7 @@ from llmrl.records import InputError
 if TYPE_CHECKING:
     from llmrl.session import Session
 
-MAY_CHANGE = ("run.", "checkpoint.", "scoring.workers")
+MAY_CHANGE = ("run.", "checkpoint.", "scoring.workers", "scoring.concurrency", "learner.")
 """Keys that do not change what is computed."""
 
 
@@ -39,7 +39,7 @@ def write_manifest(folder: Path, session: Session) -> None:
         {
             "llmrl": __version__, "recipe_file": str(loaded.path), "recipe": loaded.recipe.model_dump(mode="json"), "origins": loaded.origins,
             "plugins": plugin_hashes(loaded), "seed": loaded.recipe.seed, "processes": session.world, "device": str(session.policy.device),
-            "verifier": session.scorer.about,
+            "verifier": session.scorer.about, "learner": session.learner.held.facts(),
             "model": {
                 "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype).removeprefix("torch."),
                 "banned_ids": list(session.policy.banned_ids), "stop_ids": sorted(session.policy.stop_ids),

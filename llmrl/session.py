@@ -22,6 +22,7 @@ from llmrl.recipe import Data, Recipe
 from llmrl.records import InputError, Prompt, Sampling
 from llmrl.rules.base import Rule
 from llmrl.scoring import Scorer
+from llmrl.strategy import Sharded, Strategy
 
 
 @dataclass
@@ -167,8 +168,62 @@ def _keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def open_session(loaded: LoadedRecipe) -> Session:
-    """Builds all of it. InputError for anything that the user can mend; no model is loaded before data and verifier are known good."""
+def resolve_strategy(loaded: LoadedRecipe) -> tuple[str, bool]:
+    """(strategy, offload) that the recipe and the launcher agree on. InputError where they do not.
+
+    accelerate tells its processes by environment variables what they should be. They are taken out: accelerate's own FSDP and DeepSpeed
+    plugins would wrap what is wrapped already, and on CPU turn into plain data parallelism without a word.
+    """
+    told, offload = "auto", False
+    env = os.environ
+    if env.pop("ACCELERATE_USE_FSDP", "").lower() == "true":
+        if env.get("FSDP_VERSION", "1") != "2":
+            raise InputError("accelerate was told fsdp_version 1; set fsdp_version: 2 in its configuration (recipes/accelerate/fsdp2.yaml)")
+        told = "fsdp2"
+    if env.pop("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        told = f"zero{env.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+        offload = env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") == "cpu"
+    asked = loaded.recipe.learner
+    if "auto" not in (told, asked.strategy) and told != asked.strategy:
+        where = loaded.where("learner.strategy")
+        raise InputError(f"{where}: the recipe asks for {asked.strategy}, accelerate was started for {told}; change one of them")
+    strategy, offload = (told if asked.strategy == "auto" else asked.strategy), offload or asked.offload
+    if offload and not strategy.startswith("zero"):
+        raise InputError(f"{loaded.where('learner.offload')}: only zero1, zero2 and zero3 offload; learner.strategy is {strategy}")
+    world = int(env.get("WORLD_SIZE", "1"))
+    if world == 1 and strategy not in ("auto", "ddp"):
+        raise InputError(
+            f"{loaded.where('learner.strategy')}: {strategy} shards over processes, and this is one; start several (llmrl launch --procs 2), "
+            "or set learner.strategy=auto"
+        )
+    return ("ddp" if strategy == "auto" else strategy), offload
+
+
+def make_learner(loaded: LoadedRecipe, plan: tuple[str, bool] | None, policy: Policy, accelerator: Any, temperature: float) -> Learner:
+    """The learner under `plan` (strategy, offload). A sharded one gets a copy of the policy: the engine keeps the whole model."""
+    r = loaded.recipe
+    how: dict[str, Any] = {"head_chunk": r.model.head_chunk, "temperature": temperature}
+    if plan is None or plan[0] == "ddp":
+        return Learner(policy, accelerator, **how)
+
+    def again() -> Policy:
+        return load_policy(r.model, base=loaded.base, seed=r.seed, device=accelerator.device)
+
+    own, world = again(), accelerator.num_processes
+    if plan[0] == "fsdp2":
+        strategy: Strategy = Sharded(own, r.model.head_chunk, world)
+    else:
+        from llmrl.zero import Zero
+
+        strategy = Zero(own, r.model.head_chunk, world, int(plan[0][-1]), plan[1])
+    return Learner(own, accelerator, strategy=strategy, make_policy=again, **how)
+
+
+def open_session(loaded: LoadedRecipe, *, sharded: bool = True) -> Session:
+    """Builds all of it. InputError for anything that the user can mend; no model is loaded before data and verifier are known good.
+
+    sharded: False = the model whole on this process whatever learner.strategy says: for a look at the recipe.
+    """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
@@ -179,6 +234,7 @@ def open_session(loaded: LoadedRecipe) -> Session:
     _trackers_exist(loaded)
     scorer = scorer_of(loaded)
     try:
+        plan = resolve_strategy(loaded) if sharded else None
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(r.run.trackers) or None, project_dir=r.run.dir)
         if accelerator.device.type == "cpu":
             _keep_freed_memory()
@@ -188,7 +244,8 @@ def open_session(loaded: LoadedRecipe) -> Session:
         engine = connect(policy)
         _fits(loaded, tables, engine)
         sampling = sampling_of(r)
-        learner = Learner(policy, accelerator, head_chunk=r.model.head_chunk, temperature=sampling.temperature)
+        learner = make_learner(loaded, plan, policy, accelerator, sampling.temperature)
+        engine.replica = learner.policy is not policy
         if r.rollout.prompts % accelerator.num_processes:
             raise InputError(f"rollout.prompts = {r.rollout.prompts} cannot be shared by {accelerator.num_processes} processes evenly")
         stream = PromptStream(tables.train, seed=r.seed, rank=accelerator.process_index, world=accelerator.num_processes, shuffle=r.data.shuffle)

@@ -44,10 +44,10 @@ def supervise(
             samples = [demonstration(p, learner) for p in stream.take(examples // world)]
             denominators = global_denominators(samples, TERMS, max_new_tokens=1, all_sum=learner.all_sum)
             total = 0.0
-            for batch in pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=tokens, groups=range(len(samples))):
-                batch = batch.to(learner.policy.device)
+            batches = pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=tokens, groups=range(len(samples)))
+            for batch, last in learner.in_step(batches):
                 loss, shares = evaluate_terms(TERMS, batch, learner.forward(batch, Needs()), denominators)
-                learner.backward(loss)
+                learner.backward(loss, last)
                 total += shares["sft"]
             lr = learning_rate(optim, step, steps)
             norm = learner.update(lr)

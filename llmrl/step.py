@@ -61,6 +61,7 @@ def run_step(session: Session, step: int) -> tuple[list[Group], list[Tensor], Ro
         adv = list(adv_T.split([len(s.token_ids) for s in samples]))
         learned = learn(session, groups, samples, adv, step)
         session.engine.load_weights(learner.version, learner.weights)
+    session.memory.end_step(learner.gather)
     row = {**rollout_metrics(samples, adv, learner), **learned}
     row |= {f"time/{name}_s": t for name, t in seconds.items()} | {"time/step_s": time.perf_counter() - began}
     row |= verifier_metrics(scored, session.scorer.stats())
@@ -108,14 +109,14 @@ def learn(session: Session, groups: Sequence[Group], samples: Sequence[Sample], 
                 [samples[i] for i in mine], rule.loss, max_new_tokens=session.sampling.max_new_tokens, all_sum=learner.all_sum
             )
             live = mine if rule.needs.whole_groups else [i for i in mine if needs_forward(rule, samples[i], adv[i])]
-            for batch in pack(
+            batches = pack(
                 [samples[i] for i in live], [adv[i] for i in live], tokens=r.batch.tokens,
                 groups=[group_of[i] for i in live], whole_groups=rule.needs.whole_groups,
-            ):  # fmt: skip
-                batch = batch.to(learner.policy.device)
+            )  # fmt: skip
+            for batch, last in learner.in_step(batches):
                 out = learner.forward(batch, rule.needs)
                 loss, shares = evaluate_terms(rule.loss, batch, out, denominators)
-                learner.backward(loss)
+                learner.backward(loss, last)
                 metrics = token_metrics(batch, out, rule.loss)
                 metrics["trained"] = float(len(batch.ids_P))
                 if first:

@@ -78,8 +78,8 @@ def warm_start_only(loaded: LoadedRecipe, *, overwrite: bool = False, console: C
             "accuracy_before": before.accuracy, "accuracy_after": after.accuracy, "steps": loaded.recipe.warm_start.steps,
             "seconds": round(time.perf_counter() - began, 2), "tokens": 0, "run_dir": str(folder), "model": str(folder / "model"),
         }  # fmt: skip
+        checkpoint.save_model(folder / "model", session.learner)
         if run.main:
-            checkpoint.save_model(folder / "model", session.learner)
             checkpoint.write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             run.console.end(summary, before.answers, after.answers)
         return summary
@@ -114,8 +114,7 @@ class Run:
         self.s.learner.start(r.optim)
         if self.s.rule.needs.ref_logp:
             self.s.learner.freeze_reference()
-            if self.main:
-                checkpoint.save_reference(self.folder / "reference.safetensors", self.s.learner)
+            checkpoint.save_reference(self.folder / "reference.safetensors", self.s.learner)
         self.write(0, {**self.evaluate(0).row(), "policy_version": self.s.learner.version})
         self.save()
 
@@ -142,7 +141,7 @@ class Run:
         if self.s.rule.needs.ref_logp:
             learner.freeze_reference()
             checkpoint.load_reference(self.folder / "reference.safetensors", learner)
-        state = checkpoint.load(latest, learner, rank=self.s.rank, world=self.s.world)
+        state = checkpoint.load(latest, learner, rank=self.s.rank)
         learner.version = state["version"]
         self.s.engine.load_weights(learner.version, learner.weights)
         self.s.stream.load_state_dict(state["data"])

@@ -159,18 +159,18 @@ def test_small_updates_move_the_masters():
     """50 updates of 1e-6: a weight of 0.05 in bf16 has steps of 2e-4 and would stand still."""
     learner = make_learner("bfloat16", optim=Optim(lr=1e-6, clip_norm=0.0, betas=(0.9, 0.99)))
     samples, adv = sampled(learner)
-    start = [m.detach().clone() for m in learner.masters]
+    start = [m.detach().clone() for m in learner.held.masters]
     plain = [p.detach().clone().requires_grad_() for _, p in learner.params]
     control = torch.optim.AdamW(plain, lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0)
     terms, unit = [Term(losses.pg_clip())], None
     for _ in range(50):
         step_gradient(learner, samples, adv, terms)
-        for p, m in zip(plain, learner.masters, strict=True):
+        for p, m in zip(plain, learner.held.masters, strict=True):
             p.grad = m.grad.to(torch.bfloat16)
-        unit = [m.grad.sign() for m in learner.masters]
+        unit = [m.grad.sign() for m in learner.held.masters]
         learner.update(1e-6)
         control.step()
-    for (name, p), old, m, c, g in zip(learner.params, start, learner.masters, plain, unit, strict=True):
+    for (name, p), old, m, c, g in zip(learner.params, start, learner.held.masters, plain, unit, strict=True):
         if name.endswith("embed_tokens.weight"):
             continue  # most rows have no gradient
         moved = (m.detach() - old) * -g
@@ -187,11 +187,11 @@ def test_micro_batches_add_up_in_fp32():
     terms = [Term(losses.pg_clip())]
     batches = pack(samples, adv, tokens=1)
     assert len(batches) == 64
-    want = [torch.zeros_like(m) for m in learner.masters]
+    want = [torch.zeros_like(m) for m in learner.held.masters]
     lossy = [torch.zeros_like(p) for _, p in learner.params]
     for batch in batches:
         learner.backward(evaluate_terms(terms, batch, learner.forward(batch, Needs()), [100.0])[0])
-        for w, b, m in zip(want, lossy, learner.masters, strict=True):
+        for w, b, m in zip(want, lossy, learner.held.masters, strict=True):
             assert m.grad.dtype == torch.float32
             w += m.grad
             b += m.grad.bfloat16()
@@ -199,7 +199,7 @@ def test_micro_batches_add_up_in_fp32():
     for batch in batches:
         learner.backward(evaluate_terms(terms, batch, learner.forward(batch, Needs()), [100.0])[0])
     assert all(p.grad is None for _, p in learner.params)
-    for w, m in zip(want, learner.masters, strict=True):
+    for w, m in zip(want, learner.held.masters, strict=True):
         assert torch.equal(w, m.grad)
     assert any(float((b.float() - w).abs().max()) > 1e-3 * float(w.abs().max()) for b, w in zip(lossy, want, strict=True))
 
@@ -209,11 +209,11 @@ def test_bf16_gradient_is_near_that_of_fp32():
     samples, adv = sampled(half)
     full = make_learner(temperature=TEMPERATURE)
     with torch.no_grad():
-        for (_, p), m in zip(full.params, half.masters, strict=True):
+        for (_, p), m in zip(full.params, half.held.masters, strict=True):
             p.copy_(m)
     for learner in (half, full):
         step_gradient(learner, samples, adv, [Term(losses.pg_clip())], tokens=60)
-    for (name, p), m in zip(full.params, half.masters, strict=True):
+    for (name, p), m in zip(full.params, half.held.masters, strict=True):
         assert float(torch.nn.functional.cosine_similarity(p.grad.flatten(), m.grad.flatten(), dim=0)) > 0.99, name
     (batch,) = pack(samples, adv, tokens=10**6)
     gap = (half.forward(batch, Needs()).logp_T.detach() - batch.behavior_logp_T).abs()
@@ -229,13 +229,13 @@ def test_clipping(limit):
     learner = make_learner(optim=Optim(lr=1e-3, clip_norm=limit))
     samples, adv = sampled(learner)
     step_gradient(learner, samples, adv, [Term(losses.pg_clip(), coef=3.0)])
-    grads = [m.grad.clone() for m in learner.masters]
+    grads = [m.grad.clone() for m in learner.held.masters]
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
     assert norm > 0.3
     assert learner.update(1e-3) == pytest.approx(norm, rel=1e-5)
     factor = limit / norm if 0 < limit < norm else 1.0
-    for g, m in zip(grads, learner.masters, strict=True):
-        assert torch.allclose(learner.optimizer.state[m]["exp_avg"], 0.1 * factor * g, rtol=1e-4, atol=1e-9)
+    for g, m in zip(grads, learner.held.masters, strict=True):
+        assert torch.allclose(learner.held.optimizer.state[m]["exp_avg"], 0.1 * factor * g, rtol=1e-4, atol=1e-9)
         assert m.grad is None
 
 
@@ -247,10 +247,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(dtype, bad):
     step_gradient(learner, samples, adv, [Term(losses.pg_clip())])
     before = {n: p.detach().clone() for n, p in learner.params}
     name = "model.layers.1.mlp.up_proj.weight"
-    dict(zip([n for n, _ in learner.params], learner.masters, strict=True))[name].grad[3, 4] = bad
+    dict(zip([n for n, _ in learner.params], learner.held.masters, strict=True))[name].grad[3, 4] = bad
     with pytest.raises(RunFailed, match=rf"update 0: the gradient is not finite in 1 tensors, first {name}; no weight was changed"):
         learner.update(1e-3)
-    assert learner.version == 0 and all(torch.equal(p, before[n]) for n, p in learner.params) and not learner.optimizer.state
+    assert learner.version == 0 and all(torch.equal(p, before[n]) for n, p in learner.params) and not learner.held.optimizer.state
 
 
 def test_an_update_without_gradient_moves_by_momentum_only():
@@ -326,11 +326,11 @@ def test_state_comes_back_to_the_bit():
         for _ in range(2):
             step_gradient(a, samples, adv, [Term(losses.pg_clip())])
             a.update(1e-3)
-        b.load_state_tensors({n: p.detach().clone() for n, p in a.params}, {k: v.clone() for k, v in a.state_tensors().items()})
+        b.held.load({n: p.detach().clone() for n, p in a.params}, {k: v.clone() for k, v in a.held.state()})
         for learner in (a, b):
             step_gradient(learner, samples, adv, [Term(losses.pg_clip())])
             learner.update(1e-3)
-        for x, y in zip(a.masters, b.masters, strict=True):
+        for x, y in zip(a.held.masters, b.held.masters, strict=True):
             assert torch.equal(x, y)
         assert all(torch.equal(p, q) for (_, p), (_, q) in zip(a.params, b.params, strict=True))
 
@@ -437,7 +437,7 @@ def test_a_step_is_reinforce_on_its_samples(tmp_path):
     try:
         model, learner = eager_copy(session.learner), session.learner
         grads = []
-        learner.optimizer.register_step_pre_hook(lambda o, *_: grads.extend(p.grad.clone() for p in o.param_groups[0]["params"]))
+        learner.held.optimizer.register_step_pre_hook(lambda o, *_: grads.extend(p.grad.clone() for p in o.param_groups[0]["params"]))
         groups, adv, row = run_step(session, 1)
         samples = [s for g in groups for s in g.samples]
         assert {s.reward for s in samples} == {0.0, 1.0}

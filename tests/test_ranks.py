@@ -66,7 +66,7 @@ def steps(name, keys):
     learner, grads = session.learner, {}
     learner.start(session.recipe.optim)
     learner.freeze_reference()
-    learner.optimizer.register_step_pre_hook(
+    learner.held.optimizer.register_step_pre_hook(
         lambda *_: grads.update({f"{learner.version}/{n}": p.grad.clone() for n, p in learner.params})
     )
     rows = []
@@ -217,5 +217,5 @@ def test_a_whole_run_on_two_ranks(folders):
         assert_close_rows(by_id(one / "samples", kind), by_id(two / "samples", kind))
     files = {p.name for p in (two / "samples").iterdir()}
     assert {f"{kind}-000002{rank}.jsonl.gz" for kind in ("eval", "step") for rank in ("", ".rank1")} <= files
-    assert {p.name for p in (two / "checkpoints/step-000002").iterdir()} >= {"state-rank0.json", "state-rank1.json", "state.safetensors", "model"}
+    assert {p.name for p in (two / "checkpoints/step-000002").iterdir()} >= {"state.json", "random-rank0.json", "random-rank1.json", "state.safetensors", "model"}
     assert len((two / "metrics.jsonl").read_text().splitlines()) == 3

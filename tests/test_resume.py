@@ -123,6 +123,11 @@ def written(tmp_path: Path, name: str, case: str) -> Path:
     return recipe
 
 
+def rows_of(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
 @pytest.mark.parametrize(("case", "kills"), [("dapo with refill", 10), ("grpo with reference, two updates a step", 4)])
 def test_ten_kills_change_no_byte(context, tmp_path, case, kills):
     whole, broken = written(tmp_path, "whole", case), written(tmp_path, "broken", case)
@@ -134,10 +139,16 @@ def test_ten_kills_change_no_byte(context, tmp_path, case, kills):
     hit = []
     for i in range(kills):
         process = start(context, broken, resume=(folder / "manifest.json").is_file())
-        # the first kills strike early, before a checkpoint exists; the later ones anywhere
-        process.join(rng.uniform(0.05, 0.35) * seconds if i < 2 else rng.uniform(0.15, 0.9) * seconds)
+        # the first kills strike early, before a checkpoint exists; the later ones a few steps on, and somewhere within a step
+        goal = 0 if i < 2 else rows_of(folder) + rng.randrange(4)
+        while process.exitcode is None and rows_of(folder) < goal:
+            process.join(0.01)
+        process.join(rng.uniform(0.05, 0.35) * seconds if i < 2 else rng.uniform(0.0, 0.1) * seconds)
         if process.exitcode is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # so early that it has no group of its own yet, and no children either
+                process.kill()
             process.join()
             there = sorted(p.name for p in (folder / "checkpoints").glob("step-*")) if folder.exists() else []
             hit.append(there[-1] if there else "start")

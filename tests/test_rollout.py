@@ -271,11 +271,15 @@ def test_memory_state_round_trip():
     a = Memory(cap=2)
     for k in range(3):
         a.remember("n", "p", [k, None, "é", 0.1 + 0.2])
+    with pytest.raises(RuntimeError, match="has not ended"):
+        a.state_dict()
+    a.end_step()
     b = Memory()
     b.load_state_dict(json.loads(json.dumps(a.state_dict())))
     assert b.recall("n", "p") == a.recall("n", "p") == [[k, None, "é", 0.1 + 0.2] for k in (1, 2)]
     for m in (a, b):
         m.remember("n", "p", 9)
+        m.end_step()
     assert b.state_dict() == a.state_dict() and b.recall("n", "p")[0][0] == 2  # the cap came along
 
 
@@ -285,6 +289,19 @@ def test_memory_is_not_changed_through_what_it_gave_out():
     a.recall("n", "p").append("more")
     a.recall("n", "p")[0]["k"].append(2)
     assert a.recall("n", "p") == [{"k": [1]}]
+    a.end_step()
     b.load_state_dict(a.state_dict())
     b.remember("n", "p", "other")
     assert len(a.recall("n", "p")) == 1
+
+
+def test_ranks_end_a_step_with_the_same_memory():
+    a, b = Memory(cap=3), Memory(cap=3)
+    a.remember("n", "p", "a1")
+    a.remember("n", "q", "a2")
+    b.remember("n", "p", "b1")
+    assert b.recall("n", "q") == []  # what another rank knows comes with the end of the step
+    new = [[("n", "p", "a1"), ("n", "q", "a2")], [("n", "p", "b1")]]
+    for m in (a, b):
+        m.end_step(lambda mine: new)
+    assert a.state_dict() == b.state_dict() and b.recall("n", "p") == ["a1", "b1"] and b.recall("n", "q") == ["a2"]
