@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ def combine(*, parts: list[dict[str, Any]], how: Literal["sum", "product", "gate
     the weighted mean of the others (the first part takes no weight).
     base: the folder that "./file.py:NAME" of a part starts from; the recipe's folder is handed over.
     The answer is the first part's that has one. A part that could not be judged leaves the whole unjudged (timeout if any part timed
-    out, else error): a mean over the rest would be another reward. no_answer where any part found none. Coroutine parts are awaited.
+    out, else error): a mean over the rest would be another reward. no_answer where any part found none. Coroutine parts are awaited together.
     Raises InputError where a part cannot be built, ValueError where a weight is not above 0.
     """
     if not parts:
@@ -44,11 +45,42 @@ def combine(*, parts: list[dict[str, Any]], how: Literal["sum", "product", "gate
             return _await_all(found, names, weights, how)
         return _join(found, names, weights, how)
 
+    judge.about = _told(verifiers)  # type: ignore[attr-defined]
+    judge.counters = _Totals([counters for verify in verifiers if (counters := getattr(verify, "counters", None))])  # type: ignore[attr-defined]
     return judge
 
 
 async def _await_all(found: list[Any], names: list[str], weights: list[float], how: str) -> Verdict:
-    return _join([await f if inspect.isawaitable(f) else f for f in found], names, weights, how)
+    awaited = iter(await asyncio.gather(*(f for f in found if inspect.isawaitable(f))))
+    return _join([next(awaited) if inspect.isawaitable(f) else f for f in found], names, weights, how)
+
+
+class _Totals(Mapping[str, float]):
+    """The parts' counters, read when they are asked for."""
+
+    def __init__(self, parts: list[Mapping[str, float]]) -> None:
+        self.parts = parts
+
+    def __getitem__(self, name: str) -> float:
+        found = [part[name] for part in self.parts if name in part]
+        if not found:
+            raise KeyError(name)
+        return sum(found)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(name for part in self.parts for name in part))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _told(verifiers: list[Verifier]) -> dict[str, Any]:
+    """What the parts tell of how they run; their longest times add up, since plain parts run one after the other."""
+    told: dict[str, Any] = {}
+    for verify in verifiers:
+        told |= {name: value for name, value in getattr(verify, "about", {}).items() if name != "worst_case_s"}
+    longest = sum(getattr(verify, "about", {}).get("worst_case_s", 0.0) for verify in verifiers)
+    return told | ({"worst_case_s": longest} if longest else {})
 
 
 def _join(verdicts: list[Verdict], names: list[str], weights: list[float], how: str) -> Verdict:

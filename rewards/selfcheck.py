@@ -44,10 +44,12 @@ def check_verifier(ref: str, kwargs: dict[str, Any], base: Path, *, timeout_s: f
 
     A self-check row is (question, gold, response, expected score) and holds for the factory's defaults, or for `kwargs` where the
     factory has keywords without a default; a fifth element, a dict of keywords, says for which keywords it holds instead. A sixth,
-    a dict, holds the row's other columns (Prompt.meta).
+    a dict, holds the row's other columns (Prompt.meta). Where a factory cannot have rows (a reward model's scores are no fixed numbers),
+    its attribute `no_selfcheck` says why; where it may refuse long responses as error, its attribute `refuses_long` does.
     """
     try:
         factory = plugins.resolve(ref, home="llmrl.rewards", base=base)
+        inner = getattr(factory, "func", factory)
         cases = _cases(factory, kwargs)
         if not kwargs and cases and all(case[4] for case in cases):
             kwargs = cases[0][4]  # it cannot be built without keywords: `llmrl check format`
@@ -56,11 +58,13 @@ def check_verifier(ref: str, kwargs: dict[str, Any], base: Path, *, timeout_s: f
             rows = [CheckRow("builds in a fresh process", True, f"in {time.monotonic() - started:.2f} s")]
             own = [case for case in cases if case[4] == kwargs]
             prompt = _items(own or cases)[0][0] if cases else _prompt(0, "2+2", "4", {})
-            rows += [_deterministic(scorer, cases), _survives(scorer, prompt), _deadline(scorer, prompt, timeout_s)]
+            rows += [_deterministic(scorer, cases), _survives(scorer, prompt, getattr(inner, "refuses_long", "")), _deadline(scorer, prompt, timeout_s)]
             rows += [_missing_gold(scorer, own)] if own else []
     except InputError as error:
         return [CheckRow("builds in a fresh process", False, str(error))]
     if not cases:
+        if hasattr(inner, "no_selfcheck"):
+            return [*rows, CheckRow("self-check rows pass", True, f"there are none: {inner.no_selfcheck}")]
         mend = 'give the factory rows: NAME.selfcheck = [("question", "gold", "response", expected score), ...]'
         return [*rows, CheckRow("self-check rows pass", ref.startswith("trl:"), f"there are none; {mend}")]
     return [*rows, *_selfcheck_rows(ref, base, cases, timeout_s)]
@@ -78,7 +82,7 @@ def _cases(factory: Callable[..., Any], kwargs: dict[str, Any]) -> list[_Case]:
     for row in getattr(inner, "selfcheck", []):
         if not isinstance(row, tuple | list) or not 4 <= len(row) <= 6 or not isinstance(row[2], str):
             raise InputError(f"selfcheck row {row!r}: expected (question, gold, response, expected score[, keywords[, other columns]])")
-        keywords = dict(row[4]) if len(row) > 4 and (row[4] or not needs_keys) else dict(kwargs) if needs_keys else {}
+        keywords = {**(kwargs if needs_keys else {}), **(row[4] if len(row) > 4 else {})}
         found.append((*row[:4], keywords, dict(row[5]) if len(row) > 5 else {}))
     return found
 
@@ -99,11 +103,14 @@ def _deterministic(scorer: Scorer, cases: list[_Case]) -> CheckRow:
     return CheckRow("deterministic", not moved, detail)
 
 
-def _survives(scorer: Scorer, prompt: Prompt) -> CheckRow:
+def _survives(scorer: Scorer, prompt: Prompt, refuses_long: str) -> CheckRow:
     texts = {"an empty response": "", "blanks": " \n\t ", "100 kB of words": "so we add the numbers " * 4600}
     verdicts = scorer.score([(prompt, text) for text in texts.values()])
-    bad = [f"{name}: {v.status} {v.detail[:200]}" for name, v in zip(texts, verdicts, strict=True) if v.score is None]
-    detail = "; ".join(bad) or "scores " + ", ".join(f"{v.score:g}" for v in verdicts)
+    unjudged = {name: v for name, v in zip(texts, verdicts, strict=True) if v.score is None}
+    if refuses_long and unjudged.get("100 kB of words", verdicts[0]).status == "error":
+        unjudged.pop("100 kB of words", None)
+    bad = [f"{name}: {v.status} {v.detail[:200]}" for name, v in unjudged.items()]
+    detail = "; ".join(bad) or "scores " + ", ".join(f"none ({refuses_long})" if v.score is None else f"{v.score:g}" for v in verdicts)
     return CheckRow("empty and 100 kB responses are judged", not bad, detail)
 
 
