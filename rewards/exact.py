@@ -14,15 +14,17 @@ def exact(*, after: str | None = None, full: bool = False, ignore_case: bool = T
     after: the marker after which the answer stands, e.g. "#": what follows its last occurrence, to the end of the line.
     full: the whole response is the answer. With neither, the last line that is not blank is.
     Both sides are normalised: Unicode NFKC, blanks collapsed, outer blanks and one final full stop dropped, case folded unless
-    ignore_case is False. Status: no_answer (score 0) where the marker is missing or nothing follows it; error without a gold.
-    Failure modes: "4.0" and "4" differ (use numeric); a gold of several lines needs full = true.
+    ignore_case is False. Status: no_answer (score 0) where the marker is missing or nothing follows it; error without a gold
+    or with an empty one.
+    Failure modes: "4.0" and "4" differ (use numeric); so do "**Paris**" and "Paris"; a gold of several lines needs full = true.
     """
     if after is not None and (full or not after):
         raise ValueError('give either after (the marker before the answer, e.g. "#") or full = true (the whole response), not both')
 
     def judge(prompt: Prompt, response: str) -> Verdict:
-        if prompt.answer is None:
-            return Verdict(None, "error", detail="the row has no gold answer")
+        gold = normalised(prompt.answer or "", ignore_case)
+        if not gold:
+            return Verdict(None, "error", detail="the row has no gold answer" if prompt.answer is None else "the row's gold answer is empty")
         if full:
             found = response
         elif after is not None:
@@ -30,15 +32,16 @@ def exact(*, after: str | None = None, full: bool = False, ignore_case: bool = T
             found = rest.partition("\n")[0] if mark else ""
         else:
             found = next((line for line in reversed(response.splitlines()) if line.strip()), "")
-        answer = _normal(found, ignore_case)
+        answer = normalised(found, ignore_case)
         if not answer:
             return Verdict(0.0, "no_answer", detail="empty" if after is None or after in response else f"no {after!r} in the response")
-        return Verdict(float(answer == _normal(prompt.answer, ignore_case)), "ok", found.strip())
+        return Verdict(float(answer == gold), "ok", found.strip())
 
     return judge
 
 
-def _normal(text: str, ignore_case: bool) -> str:
+def normalised(text: str, ignore_case: bool) -> str:
+    """The form in which texts are compared: NFKC, blanks collapsed, outer blanks and one final full stop dropped, case folded if asked."""
     text = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text)).strip()
     text = text.removesuffix(".").rstrip()
     return text.casefold() if ignore_case else text

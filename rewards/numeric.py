@@ -10,7 +10,7 @@ from llmrl.records import Prompt, Verdict, Verifier
 from llmrl.rewards.extract import boxed, phrased
 
 _MAX_DIGITS = 400  # of one number
-_INT = r"(?:\d{1,3}(?:(?:,(?:\\!)?|\{,\}|\\,|\\!,)\d{3})+(?!\d)|\d+)"
+_INT = r"(?:\d{1,3}(?:(?:,(?:\\!)?|\{,\}|\\,|\\!,|[\u00a0\u2009\u202f])\d{3})+(?!\d)|\d+)"
 _DECIMAL = rf"(?:{_INT}(?:\.\d+)?|\.\d+)"
 _NUMBER = re.compile(
     # a minus after a digit, letter or closing bracket is an operator: the 4 of "12-4" is positive
@@ -23,6 +23,8 @@ _NUMBER = re.compile(
 
 
 _MINUS = {0x2212: "-", 0x2013: "-"}  # minus sign and en dash
+_POWER = re.compile(r"(?<!10)(?<!10 )\^\s*(?:\{[^{}]*\}|\d+)")  # the 2 of "5 m^2" is no number; 10^3 stays for 1.5 \times 10^3
+_SHORT_FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(-?\d+)\}|(\d))")
 
 
 class _Number(NamedTuple):
@@ -38,11 +40,12 @@ def numeric(
 
     extract: "last" the last number of the response; "boxed" the last number in the last \boxed{}; "hash" the first number after the
     last "####"; "auto" the first of boxed, hash, final-answer phrase ("the answer is ..."; its first number), last that gives one.
-    Reads 1,234,567 and 1{,}234, -$5 and $-5, 3/4, 1 3/4, \frac{3}{4}, 2\frac{1}{2}, 1.5e3 and 1.5 \times 10^{3}, 25%.
+    Reads 1,234,567 and 1{,}234, -$5 and $-5, 3/4, 1 3/4, \frac{3}{4}, \frac34, 2\frac{1}{2}, 1.5e3 and 1.5 \times 10^{3}, 25%.
     percent: where one side has a percent sign and the other none, 25% equals both 25 and 0.25; False: it is 0.25 only.
     Status: no_answer (score 0) where no number is found; error where the gold is missing or holds no number.
     Failure modes: "last" takes whatever number comes last, also a step number or a date; decimal commas (3,5) are read as two
-    numbers; numbers in words are not read; units are ignored.
+    numbers, as is 1 000 with a plain blank; numbers in words and factors such as "million" are not read; units are ignored; powers are not
+    worked out (2^{10} is read as 2).
     """
     if abs_tol < 0 or rel_tol < 0:
         raise ValueError(f"abs_tol = {abs_tol} and rel_tol = {rel_tol} must be 0 or more")
@@ -90,13 +93,15 @@ def _pick(text: str, extract: str) -> _Number | None:
 
 
 def _numbers(text: str) -> list[_Number]:
-    return [n for m in _NUMBER.finditer(text.translate(_MINUS)) if (n := _value(m)) is not None]
+    text = _POWER.sub(" ", text.translate(_MINUS))
+    text = _SHORT_FRAC.sub(lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)  # \frac12 is \frac{1}{2}
+    return [n for m in _NUMBER.finditer(text) if (n := _value(m)) is not None]
 
 
 def _value(m: re.Match[str]) -> _Number | None:
     if len(m[0]) > _MAX_DIGITS:
         return None
-    part = {k: re.sub(r"[,{}\\!]", "", v) if v else v for k, v in m.groupdict().items()}
+    part = {k: re.sub(r"[,{}\\!\u00a0\u2009\u202f]", "", v) if v else v for k, v in m.groupdict().items()}
     try:
         if part["fden"]:
             value = Fraction(int(part["fnum"]), int(part["fden"])) + int(part["whole"] or 0)
@@ -118,6 +123,8 @@ numeric.selfcheck = [  # type: ignore[attr-defined]
     ("How much?", "4", "so 12-8 is 4, and that was step 2 of 2. The answer is 4.", 1.0),
     ("What share?", "0.25", "That is 25%.", 1.0),
     ("What share?", "3/4", r"\boxed{\frac{3}{4}}", 1.0),
+    ("What share?", "3/4", r"\boxed{\dfrac34}", 1.0),
+    ("What area?", "12", r"\boxed{12 \text{ m}^2}", 1.0),
     ("How many?", "10", "9 apples and then one more", 0.0),
     ("How many?", "10", "ten", 0.0),
     ("How long?", "3.3333333", "10/3", 1.0),
