@@ -65,6 +65,8 @@ def _gold(session: Session) -> Finding:
     """Feeds gold answers to the verifier in the forms that verifiers ask for, one form for all rows; demands 1.0."""
     forms = plugins.resolve("llmrl.rewards.selfcheck:gold_forms", home="llmrl.rewards", base=Path())
     rows = list(islice((p for p in session.tables.train if p.answer is not None), GOLD_ROWS))
+    if not rows and session.recipe.data.columns.get("answer") == "":
+        return Finding("gold answers score 1", True, 'the rows have no gold (data.columns.answer = ""): the verifier must not need one')
     if not rows:
         return Finding("gold answers score 1", False, "no row has an answer: a verifier that needs one cannot judge anything")
     best: tuple[int, str, list[tuple[Prompt, str, str]]] = (-1, "", [])

@@ -84,7 +84,7 @@ class Data(_Section):
     args: dict[str, Any] = {}
     """Keywords for a Hub dataset, a generator or a reasoning-gym task."""
     columns: dict[Literal["prompt", "answer", "id", "solution", "messages"], str] = {}
-    """Which column holds what, where the names differ."""
+    """Which column holds what, where the names differ; answer = "" for rows without a gold (ifeval, judge, code_exec, ...)."""
     template: str | None = None
     """User message made from the row, e.g. "{prompt}\\nPut the answer in a box."."""
     system: str | None = None

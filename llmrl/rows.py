@@ -101,9 +101,10 @@ class RowReader:
             if needed[key] and self.column[key] is None:
                 tried = DEFAULT_COLUMNS[key] + (DEFAULT_COLUMNS["messages"] if key == "prompt" else ())
                 near = next((hint for name in tried if (hint := _nearest(name, self.known))), "")
+                none = ', or where rows have none and the verifier needs none: data.columns.answer = ""' if key == "answer" else ""
                 raise InputError(
                     f"{self.label}: no column for the {key} (tried {', '.join(tried)}){near}; {self._has_columns()}. "
-                    f'Name it: data.columns.{key} = "..."'
+                    f'Name it: data.columns.{key} = "..."{none}'
                 )
         if self.answer_after is not None and self.column["answer"] is None:
             raise InputError(f"data.answer_after = {self.answer_after!r} needs an answer column; {self.label}: {self._has_columns()}")

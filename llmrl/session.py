@@ -114,7 +114,7 @@ def read_tables(loaded: LoadedRecipe, chat: Chat) -> Tables:
         table = read_prompts(
             data.path, base=loaded.base, split=data.split, args=data.args, columns={str(k): v for k, v in data.columns.items()},
             template=data.template, system=data.system, answer_after=data.answer_after, limit=data.limit, on_bad=data.on_bad,
-            need_solution=solution, tokens_of=tokens_of, max_prompt_tokens=data.max_prompt_tokens,
+            need_answer=data.columns.get("answer") != "", need_solution=solution, tokens_of=tokens_of, max_prompt_tokens=data.max_prompt_tokens,
         )  # fmt: skip
         kept.extend(tokens_of(prompt) for prompt in table.prompts)
         return table.prompts, len(table.dropped)
