@@ -138,6 +138,14 @@ class Learner:
                 todo[i].streams[name] = values.tolist()
         policy.model.train(training)
 
+    @torch.no_grad()
+    def probe(self, ids: Sequence[int]) -> list[float]:
+        """Log-probs (nats) of ids[1:] given what stands before each, at temperature 1 and with no token banned. Every rank must ask."""
+        (batch,) = pack([Sample("probe", "probe", [ids[0]], list(ids[1:]), None, self.version)], [torch.zeros(len(ids) - 1)], tokens=len(ids))
+        b = batch.to(self.policy.device)
+        logp, _ = self.held.module(b.ids_P, b.positions_P, b.plan(self.policy.kernel), b.source_T, b.tokens_T, 1.0, False, False)
+        return logp.tolist()
+
     # ------------------------------------------------------------ update
 
     def backward(self, loss: Tensor, last: bool = True) -> None:

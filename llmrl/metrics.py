@@ -45,6 +45,7 @@ METRICS: dict[str, Metric] = {
     "length/truncated_share": Metric("1", "mean", "Share of completions cut by the length limit."),
     "entropy/policy_nats": Metric("nats", "mean", "Exact entropy of the next-token distribution, over trained tokens; where the rule needs it."),
     "logp_gap/max_nats": Metric("nats", "max", "Largest |learner - engine| log-prob of a sampled token in the step's first micro-batch; the alarm."),
+    "logp_gap/fingerprint_nats": Metric("nats", "max", "Largest |learner - server| log-prob of a fixed text after the weights were sent to the servers."),
     "logp_gap/mean_nats": Metric("nats", "mean", "Mean of the same over all trained tokens of the step."),
     "kl/old_nats": Metric("nats", "mean", "KL (k3) from the policy to itself at the start of the step."),
     "kl/ref_nats": Metric("nats", "mean", "KL (k3) to the reference model; where the rule has one."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -70,13 +71,9 @@ class timed:
         self.counter, self.name = counter, name
 
     def __enter__(self) -> None:
-        import time
-
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        import time
-
         self.counter[self.name] += time.perf_counter() - self.start  # type: ignore[assignment]
 
 
@@ -88,12 +85,37 @@ async def sample_groups(prompts: Sequence[Prompt], io: RolloutIO, *, mask_trunca
     """
     contexts = [io.chat.prompt_ids(p.messages) for p in prompts]
     jobs = [(g, i) for g in range(len(prompts)) for i in range(io.group)]
+    if getattr(io.engine, "streams", False):
+        return await _streamed_groups(prompts, io, contexts, mask_truncated)
     done = io.sample([contexts[g] for g, _ in jobs], [(prompts[g].visit_id, i) for g, i in jobs])
     verdicts = await io.verify([(prompts[g], c.text) for (g, _), c in zip(jobs, done, strict=True)])
     groups = [Group(p, []) for p in prompts]
     for (g, i), c, v in zip(jobs, done, verdicts, strict=True):
         groups[g].samples.append(make_sample(prompts[g], i, contexts[g], c, v, mask_truncated=mask_truncated))
     return groups
+
+
+async def _streamed_groups(prompts: Sequence[Prompt], io: RolloutIO, contexts: Sequence[list[int]], mask_truncated: bool) -> list[Group]:
+    """The same from an engine that answers as it goes: a group is judged as soon as it is whole, while others still decode."""
+
+    async def one(prompt: Prompt, context: list[int]) -> tuple[list[tuple[Prompt, str]], list[Verdict], Group]:
+        keys = [(prompt.visit_id, i) for i in range(io.group)]
+        done = await io.engine.complete([Request(tuple(context), (*io.seed, *k), io.sampling) for k in keys])  # type: ignore[attr-defined]
+        ended.append(time.perf_counter())
+        items = [(prompt, c.text) for c in done]
+        verdicts = await asyncio.to_thread(io.verifier.score, items)
+        samples = [make_sample(prompt, i, context, c, v, mask_truncated=mask_truncated) for i, (c, v) in enumerate(zip(done, verdicts, strict=True))]
+        return items, verdicts, Group(prompt, samples)
+
+    ended: list[float] = []
+    began = time.perf_counter()
+    found = await asyncio.gather(*(one(p, c) for p, c in zip(prompts, contexts, strict=True)))
+    io.seconds["generate"] += max(ended) - began  # type: ignore[assignment]
+    io.seconds["score"] += time.perf_counter() - max(ended)  # type: ignore[assignment]
+    check = getattr(io.verifier, "check_rate", None)
+    if check is not None:  # a single group is too few for the alarm
+        check([item for items, *_ in found for item in items], [v for _, verdicts, _ in found for v in verdicts])
+    return [group for *_, group in found]
 
 
 def make_sample(prompt: Prompt, i: int, context_ids: Sequence[int], c: Completion, v: Verdict, *, mask_truncated: bool = False) -> Sample:

@@ -143,7 +143,7 @@ class Scorer:
         verdicts = [v for v in call.verdicts if v is not None]
         if len(verdicts) < len(items):
             raise RuntimeError(f"this Scorer was closed with {len(items) - len(verdicts)} of {len(items)} items unjudged")
-        self._check_rate(items, verdicts)
+        self.check_rate(items, verdicts)
         return verdicts
 
     def stats(self) -> dict[str, float]:
@@ -172,7 +172,8 @@ class Scorer:
         with contextlib.suppress(OSError):  # full: it is awake anyway; closed: there is nobody to wake
             self._wake_in.send(b"x")
 
-    def _check_rate(self, items: Sequence[tuple[Prompt, str]], verdicts: list[Verdict]) -> None:
+    def check_rate(self, items: Sequence[tuple[Prompt, str]], verdicts: Sequence[Verdict]) -> None:
+        """The alarm of score(), for items that came in several small calls. Raises FailureRateError."""
         failed = [(p, r, v) for (p, r), v in zip(items, verdicts, strict=True) if v.score is None]
         if len(items) < _RATE_MIN_ITEMS or len(failed) <= self.max_failure_rate * len(items):
             return

@@ -70,6 +70,8 @@ class Session:
 
     def close(self) -> None:
         self.scorer.close()
+        if hasattr(self.engine, "close"):
+            self.engine.close()
 
 
 def rule_of(loaded: LoadedRecipe) -> Rule:
@@ -199,8 +201,8 @@ def resolve_strategy(loaded: LoadedRecipe) -> tuple[str, bool]:
     return ("ddp" if strategy == "auto" else strategy), offload
 
 
-def make_learner(loaded: LoadedRecipe, plan: tuple[str, bool] | None, policy: Policy, accelerator: Any, temperature: float) -> Learner:
-    """The learner under `plan` (strategy, offload). A sharded one gets a copy of the policy: the engine keeps the whole model."""
+def make_learner(loaded: LoadedRecipe, plan: tuple[str, bool] | None, policy: Policy, accelerator: Any, temperature: float, engine: Any) -> Learner:
+    """The learner under `plan` (strategy, offload). Where an engine generates on the model itself, a sharded learner gets a copy of it."""
     r = loaded.recipe
     how: dict[str, Any] = {"head_chunk": r.model.head_chunk, "temperature": temperature}
     if plan is None or plan[0] == "ddp":
@@ -209,7 +211,9 @@ def make_learner(loaded: LoadedRecipe, plan: tuple[str, bool] | None, policy: Po
     def again() -> Policy:
         return load_policy(r.model, base=loaded.base, seed=r.seed, device=accelerator.device)
 
-    own, world = again(), accelerator.num_processes
+    own, world = policy, accelerator.num_processes
+    if getattr(engine, "policy", None) is policy:
+        own, engine.replica = again(), True
     if plan[0] == "fsdp2":
         strategy: Strategy = Sharded(own, r.model.head_chunk, world)
     else:
@@ -244,8 +248,7 @@ def open_session(loaded: LoadedRecipe, *, sharded: bool = True) -> Session:
         engine = connect(policy)
         _fits(loaded, tables, engine)
         sampling = sampling_of(r)
-        learner = make_learner(loaded, plan, policy, accelerator, sampling.temperature)
-        engine.replica = learner.policy is not policy
+        learner = make_learner(loaded, plan, policy, accelerator, sampling.temperature, engine)
         if r.rollout.prompts % accelerator.num_processes:
             raise InputError(f"rollout.prompts = {r.rollout.prompts} cannot be shared by {accelerator.num_processes} processes evenly")
         stream = PromptStream(tables.train, seed=r.seed, rank=accelerator.process_index, world=accelerator.num_processes, shuffle=r.data.shuffle)

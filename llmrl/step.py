@@ -60,12 +60,36 @@ def run_step(session: Session, step: int) -> tuple[list[Group], list[Tensor], Ro
         adv_T, session.credit_state = rule.credit.update(view_of(samples, learner, session.sampling.max_new_tokens), session.credit_state)
         adv = list(adv_T.split([len(s.token_ids) for s in samples]))
         learned = learn(session, groups, samples, adv, step)
-        session.engine.load_weights(learner.version, learner.weights)
+        published = publish(session)
     session.memory.end_step(learner.gather)
-    row = {**rollout_metrics(samples, adv, learner), **learned}
+    row = {**rollout_metrics(samples, adv, learner), **learned, **published}
     row |= {f"time/{name}_s": t for name, t in seconds.items()} | {"time/step_s": time.perf_counter() - began}
     row |= verifier_metrics(scored, session.scorer.stats())
     return groups, adv, row
+
+
+PROBE_TOKENS = 64
+
+
+def publish(session: Session) -> Row:
+    """Hands the learner's weights to the engine, and proves that they arrived: every server's log-probs of a fixed text are the learner's."""
+    learner, engine = session.learner, session.engine
+    engine.load_weights(learner.version, learner.weights)
+    if not hasattr(engine, "fingerprint"):
+        return {}
+    chat, prompt = session.policy.chat, session.tables.train[0]
+    ids = (chat.prompt_ids(prompt.messages) + chat.completion_ids(prompt.answer or "1"))[:PROBE_TOKENS]
+    mine, worst = learner.probe(ids), 0.0
+    limit = session.recipe.checks.max_fingerprint_gap or (0.5 if session.recipe.model.dtype == "bfloat16" else 1e-3)
+    for server, theirs in engine.fingerprint(ids).items():
+        gap, place = max((abs(a - b), k) for k, (a, b) in enumerate(zip(mine, theirs, strict=True)))
+        worst = max(worst, gap)
+        if not gap <= limit:
+            raise RunFailed(
+                f"after update {learner.version} {server} does not hold the learner's weights: on a fixed text its log-prob of token {place + 2} of "
+                f"{len(ids)} is {theirs[place]:.6g}, the learner's {mine[place]:.6g} (limit {limit:g} nats, checks.max_fingerprint_gap)"
+            )
+    return {"logp_gap/fingerprint_nats": worst}
 
 
 def _streams_before_credit(needs: Needs, *, updates: int) -> list[str]:
@@ -154,7 +178,7 @@ def gap_limit(session: Session) -> float:
     In bf16 batches of other shapes round differently, which is worth up to 0.6 nats on unlikely tokens (SmolLM2, measured); a wrong
     context or a padding token that was sampled shows as 4 and more.
     """
-    return session.recipe.checks.max_logp_gap or (2.0 if session.policy.model.dtype == torch.bfloat16 else 1e-3)
+    return session.recipe.checks.max_logp_gap or (2.0 if session.recipe.model.dtype == "bfloat16" else 1e-3)
 
 
 def check_gap(session: Session, metrics: dict[str, float], step: int) -> None:

@@ -19,7 +19,7 @@ from llmrl.records import InputError
 from llmrl.samples import read_rows, sample_rows, step_path, write_rows
 from llmrl.session import Session, check_run_folder, make_run_folder, open_session
 from llmrl.sft import supervise
-from llmrl.step import run_step
+from llmrl.step import publish, run_step
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Run:
                     show(row)
             if self.main:
                 checkpoint.write_atomic(self.folder / "warm_start.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        self.s.engine.load_weights(self.s.learner.version, self.s.learner.weights)
+        publish(self.s)
 
     def restore(self, latest: Path) -> None:
         """Back to exactly where `latest` was written; later rows and samples of a broken run are dropped."""
@@ -143,7 +143,7 @@ class Run:
             checkpoint.load_reference(self.folder / "reference.safetensors", learner)
         state = checkpoint.load(latest, learner, rank=self.s.rank)
         learner.version = state["version"]
-        self.s.engine.load_weights(learner.version, learner.weights)
+        publish(self.s)
         self.s.stream.load_state_dict(state["data"])
         self.s.memory.load_state_dict(state["memory"])
         self.s.credit_state = state["credit"]
