@@ -11,6 +11,16 @@ _MARK = re.compile(
     r"\b(?:final\s+)?(?:answer|ans)\b[^\n.:=]{0,60}?(?:\bis\b|:|=)[ \t*_]*:?|^[ \t]*####|^[ \t*]*A[ \t]*:",
     re.IGNORECASE | re.MULTILINE,
 )
+_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_FORMULA = (
+    r"(?:\$\$[^$]+\$\$|(?<![\\\d$])\$(?:\\\$|[^$\n])+\$(?!\d)|\\\[(?:[^\\]|\\(?!\]))+\\\]|\\\((?:[^\\\n]|\\(?!\)))+\\\))"
+)
+_EXPRESSION = re.compile(
+    rf"{_FORMULA}(?:\s*(?:,\s*)?(?:(?:and|or)\s*)?(?<!\$){_FORMULA}){{0,8}}"
+    r"|-?\\[dt]?frac\{-?\d+\}\{-?\d+\}"
+    # a number stands after a blank, "=", "(", "*" or ":", not inside a word ("H2O") or an unclosed box
+    rf"|(?<![^\s=(*:])[-+]?\\?[$€£¥]?-?\(?-?(?:{_NUMBER})(?:\s*[-+*/^\xd7\xf7]\s*\(?-?(?:{_NUMBER})\)?)*(?:\s?\\?%|\s?percent\b)?"
+)
 _SENTENCE_END = re.compile(r"(?<!\\)[.!?](?=\s|$)|\n|(?<=\S)\s+I hope\b")
 
 
@@ -46,6 +56,11 @@ def phrased(text: str) -> str | None:
     rest = text[last.end() : last.end() + 2000].lstrip(" \t\r\n*_:")
     end = _SENTENCE_END.search(rest)
     return (rest[: end.start()] if end else rest).strip(" \t*_") or None
+
+
+def expressions(text: str) -> list[str]:
+    r"""Numbers, sums of numbers and LaTeX between $, $$, \( \) or \[ \] in the text, in order, none inside another."""
+    return [m[0].strip() for m in _EXPRESSION.finditer(text)]
 
 
 def plain(text: str) -> str:

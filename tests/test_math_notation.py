@@ -1,0 +1,268 @@
+"""Notation by notation: (gold, boxed answer, score). What Math-Verify alone reads wrongly is most of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmrl.records import Prompt, Verdict
+from llmrl.rewards import limits
+from llmrl.rewards.math_answer import math_answer
+from llmrl.rewards.notation import scientific, to_latex
+
+ROWS = [
+    ("5", r"5\text{ cm}", 1.0),
+    ("5", r"5\text{ cm}^2", 1.0),
+    ("5", "5 cm^2", 1.0),
+    ("5", "5 cm", 1.0),
+    ("5", "5cm", 1.0),
+    ("5", "5 m", 1.0),
+    ("5", "5 square feet", 1.0),
+    (r"5\text{ m}", "5", 1.0),
+    (r"5 \text{ m/s}", "5", 1.0),
+    ("3t", "3", 0.0),
+    ("3", "3t", 0.0),
+    ("a+c", "a", 0.0),
+    ("6xy", "6", 0.0),
+    ("6", "6xy", 0.0),
+    (r"25\%", "0.25", 1.0),
+    (r"25\%", "25", 1.0),
+    ("0.25", r"25\%", 1.0),
+    ("25", "25%", 1.0),
+    (r"17.5\%", "17.5", 1.0),
+    (r"17.5\%", "0.175", 1.0),
+    ("25", r"2.5\%", 0.0),
+    (r"\frac{1}{4}", r"25\%", 1.0),
+    ("0.25", "25 percent", 1.0),
+    ("(1,2)", "(1, 2)", 1.0),
+    ("(1,2]", "(1,2)", 0.0),
+    ("[1,2)", "[1,2)", 1.0),
+    ("(1,2)", "(2,1)", 0.0),
+    (r"(-\infty,5)", "(-\u221e,5)", 1.0),
+    (r"(-\infty,5)", "x<5", 1.0),
+    ("[2,7]", r"2 \le x \le 7", 1.0),
+    ("[2,7]", r"2 < x \le 7", 0.0),
+    ("(1,2,3)", "(1,2,3)", 1.0),
+    ("(1,2,3)", "(1,3,2)", 0.0),
+    (r"\{1,2,3\}", r"\{3,2,1\}", 1.0),
+    ("1,2,3", "3, 1, 2", 1.0),
+    ("1,2,3", "1,2", 0.0),
+    (r"\emptyset", r"\{\}", 1.0),
+    (r"\emptyset", "\u2205", 1.0),
+    (r"\emptyset", r"\varnothing", 1.0),
+    ("(1,2)", r"\langle 1,2\rangle", 1.0),
+    ("1.2", r"\langle 1,2\rangle", 0.0),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", 1.0),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&5\end{bmatrix}", 0.0),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\left[\begin{matrix}1\\2\end{matrix}\right]", 1.0),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)", 0.0),
+    (r"\text{(C)}", "C", 1.0),
+    ("C", "(C)", 1.0),
+    (r"\text{C}", "D", 0.0),
+    ("B", r"\textbf{(B)}", 1.0),
+    (r"\textbf{(B)}", "B", 1.0),
+    (r"\text{B}", "b", 1.0),
+    ("5", r"\$5", 1.0),
+    ("5", "$5", 1.0),
+    ("5", "\u20ac5", 1.0),
+    ("5", "\xa35.00", 1.0),
+    (r"\$1,250.00", "1250", 1.0),
+    ("1250", r"\$1,250", 1.0),
+    ("5", "5 dollars", 1.0),
+    ("5", "5\u20ac", 1.0),
+    (r"\frac{7}{2}", r"3\frac{1}{2}", 1.0),
+    (r"\frac{7}{2}", "3 1/2", 1.0),
+    (r"3\frac12", "7/2", 1.0),
+    (r"-\frac{7}{2}", "-3 1/2", 1.0),
+    (r"-\frac{7}{2}", r"-3\frac{1}{2}", 1.0),
+    (r"\frac{7}{2}", "3\xbd", 1.0),
+    (r"\frac32", "3 1/2", 0.0),
+    ("90", r"90^\circ", 1.0),
+    (r"90^\circ", "90\xb0", 1.0),
+    (r"90^{\circ}", "90 degrees", 1.0),
+    ("90", r"90^{\circ}", 1.0),
+    ("90\xb0", "91\xb0", 0.0),
+    ("1000000", "1,000,000", 1.0),
+    ("1000000", r"1\,000\,000", 1.0),
+    ("1000000", "1 000 000", 1.0),
+    ("1000000", "1{,}000{,}000", 1.0),
+    ("0", "1 000 000", 0.0),
+    ("1000000", "1\u202f000\u202f000", 1.0),
+    ("1000", "1_000", 1.0),
+    ("1", "1_000", 0.0),
+    ("0.005", "5e-3", 1.0),
+    ("0.005", r"5 \times 10^{-3}", 1.0),
+    ("1500000", "1.5E6", 1.0),
+    ("1500000", r"1.5 \times 10^6", 1.0),
+    ("1500000", "1.5\xd710\u2076", 1.0),
+    ("5e-3", "5e-3", 1.0),
+    (r"3 \times 10^8", "300000000", 1.0),
+    (r"\pm 5", "5, -5", 1.0),
+    (r"\pm 5", "\xb15", 1.0),
+    ("5", r"\pm 5", 0.0),
+    (r"3 \pm \sqrt{2}", r"3+\sqrt2, 3-\sqrt2", 1.0),
+    (r"3\pm2i", "3+2i,3-2i", 1.0),
+    (r"\infty", "\u221e", 1.0),
+    (r"-\infty", r"\infty", 0.0),
+    (r"\infty", "infinity", 1.0),
+    (r"x \ge 5", "x >= 5", 1.0),
+    (r"x \ge 5", r"5 \le x", 1.0),
+    (r"x \ge 5", "x > 5", 0.0),
+    (r"x\ge5", r"[5,\infty)", 1.0),
+    ("x > 5", "x\u22655", 0.0),
+    (r"x \ge 5", "x\u22655", 1.0),
+    ("5", "x=5", 1.0),
+    ("x=5", "5", 1.0),
+    ("x=5", "x=6", 0.0),
+    ("x=5", "y=5", 0.0),
+    ("y=2x+1", "y-2x=1", 1.0),
+    ("y=2x+1", "2x+1", 1.0),
+    ("y=2x+1", "y=1+2x", 1.0),
+    ("y=2x+1", "2y=4x+2", 1.0),
+    ("x^2+y^2=4", "x^2+y^2-4=0", 1.0),
+    ("x^2+y^2=4", "x^2+y^2=5", 0.0),
+    ("y=e^x", "y-e^x=0", 1.0),
+    ("y=e^x", "y=e^{-x}", 0.0),
+    (r"y=\sin x", r"2y=2\sin x", 1.0),
+    (r"2\sqrt{3}", "\u221a12", 1.0),
+    (r"2\sqrt{3}", "2\u221a3", 1.0),
+    ("2", "2\u221a3", 0.0),
+    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}", 1.0),
+    (r"\sqrt{2}", "1.414", 0.0),
+    (r"\sqrt{2}", "1.414214", 1.0),
+    (r"\sqrt[3]{2}", "\u221b2", 1.0),
+    (r"\frac{\pi}{2}", "\u03c0/2", 1.0),
+    (r"\pi", "3.14", 0.0),
+    ("-5", "\u22125", 1.0),
+    (r"\frac12", "\xbd", 1.0),
+    ("6", "2\xd73", 1.0),
+    ("12", "\uff11\uff12", 1.0),
+    ("12", "\u0661\u0662", 1.0),
+    ("x^2", "x\xb2", 1.0),
+    ("12", "\u200b12\u202e", 1.0),
+    ("-5", "\u20135", 1.0),
+    ("5", "\u22125", 0.0),
+    (r"\frac{1}{3}", r"0.\overline{3}", 1.0),
+    ("0", r"0.\overline{3}", 0.0),
+    (r"\frac{1}{3}", "0.333...", 1.0),
+    (r"\frac16", r"0.1\overline{6}", 1.0),
+    (r"\frac{1}{3}", "0.333", 0.0),
+    (r"\frac13", "0.333333", 1.0),
+    ("2516_8", "2516", 1.0),
+    ("2516_8", "2516_9", 0.0),
+    ("2516_8", "2516_{8}", 1.0),
+    ("1", "1_0", 1.0),
+    ("5", "approximately 5", 1.0),
+    ("5", r"\approx 5", 1.0),
+    ("5", "about 5 apples", 1.0),
+    (r"\text{even}", "even", 1.0),
+    (r"\text{no solution}", "no solution", 1.0),
+    ("12:30", "12:30", 1.0),
+    (r"2007+\frac{\pi}{2}", r"2007 + \frac\pi 2", 1.0),
+    ("E", "e", 1.0),
+    ("x^2", "X^2", 1.0),
+    (r"\frac{a}{b}", "a/b", 1.0),
+    ("2^{2004}", "2^{2004}", 1.0),
+    ("2^{2004}", "4^{1002}", 1.0),
+    ("2^{2004}", "2^{2003}", 0.0),
+    ("100!", "100!", 1.0),
+    ("100!", r"100 \cdot 99!", 1.0),
+    (r"\binom{100}{50}", r"\frac{100!}{50!50!}", 1.0),
+    ("10^{100}", r"10^{99}\cdot 10", 1.0),
+    (r"\frac{100!}{2^{50}}", "100!/2^{50}", 1.0),
+    ("1,000", "1000", 1.0),
+    ("3,5", "3.5", 0.0),
+    ("4", "2+2", 1.0),
+    ("7", "3 + 4 = 7", 1.0),
+    (r"\frac{1}{2}", r"\frac{2}{4}", 1.0),
+    (r"1+\sqrt{5}", r"\sqrt{5}+1.0", 1.0),
+    ("5", "5.", 1.0),
+    ("5", r"\text{5}", 1.0),
+    ("1", r"\frac{1}{0}", 0.0),
+    ("5", r"5 \text{ or } 6", 0.0),
+    ("5", "5 or 6", 0.0),
+    ("5", "not 5", 0.0),
+    (r"x \in \{1,2\}", r"x \in \{2,1\}", 1.0),
+    ("x=3", r"x = \{3,4\}", 0.0),
+    ("9^{9^9}", "9^{9^9}", 1.0),
+    ("12", "9\u2079\u2079\u2079\u2079\u2079\u2079\u2079", 0.0),
+    (r"\sum_{k=1}^{\infty} \frac{1}{k^3}", r"\sum_{k=1}^\infty \frac{1}{k^3}", 1.0),
+    ("1", r"\sum_{k=1}^{\infty} 2^{-k}", 0.0),
+    ("5050", r"\sum_{k=1}^{100} k", 1.0),
+    (r"17.5\%", "17.5", 1.0),
+    (r"\frac{\pi}{6}+k\pi", r"\frac{\pi}{6}+k\pi \text{ for } k \in \mathbb{Z}", 1.0),
+]
+
+
+def test_every_notation_is_judged_as_a_reader_would() -> None:
+    verify = math_answer()
+    verdicts = [(gold, answer, expected, verify(Prompt("p", (), gold), rf"\boxed{{{answer}}}")) for gold, answer, expected in ROWS]
+    assert all(isinstance(v, Verdict) and v.score is not None for *_, v in verdicts)
+    assert [row for row in verdicts if row[3].score != row[2]] == []  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2\u221a3", r"2\sqrt{3}"),
+        ("1\u00bd", r"1\frac{1}{2}"),
+        ("x\u00b2\u2070", "x^{20}"),
+        ("\uff11\uff0e\uff15", "1.5"),
+        ("\u0661\u0662", "12"),
+        ("\u221212\u202f000", "-12000"),
+        (r"(1,\,100)", r"(1,\,100)"),
+        (r"20,\!000", "20000"),
+        (r"1\,000\,000", "1000000"),
+        ("1 000.5", "1000.5"),
+        ("12 34", "12 34"),
+        (r"0.1\overline{6}", r"\frac{1}{6}"),
+        ("2.0909...", "2.0909..."),
+        ("0.3333...", r"\frac{1}{3}"),
+        (r"\frac\pi 2", r"\frac{\pi}{2}"),
+        ("\u20ac5", "5"),
+    ],
+)
+def test_to_latex(text: str, expected: str) -> None:
+    assert to_latex(text) == expected
+
+
+def test_scientific_notation() -> None:
+    assert scientific("1.5e-3") == r"1.5 \times 10^{-3}" and scientific("2E6") == r"2 \times 10^{6}"
+    assert scientific("2e") is None and scientific("e3") is None and scientific("1e9999") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("9^{9^9}", "50000 bits"),
+        ("100000!", "50000 bits"),
+        ("(1+x)^{1000}", "300 terms"),
+        ("(((((((((1)))))))))", "8 deep"),
+        ("x^x^x^x^x^x^x^x^x^x^x", "8 deep"),
+        ("/".join("2" * 40), "24 levels"),
+        ("10^{999999999}", "5 digits"),
+        (r"\binom{10^9}{10^8}", "binomial"),
+        (r"\int_0^1 x dx", "integral"),
+        (r"\operatorname{eye}(99999)", "matrix function"),
+        (r"\begin{pmatrix}1&1\\1&0\end{pmatrix}^{99999}", "power of a matrix"),
+        (r"\sum_{k=1}^{99999} k!", "sum or product"),
+        (",".join("1" * 90), "80 elements"),
+        ("+".join(rf"\sin({i}x)" for i in range(1, 10)), "8 functions"),
+        (r"\cup".join(["(1,2)"] * 14), "12 joined sets"),
+        ("+".join(["xy"] * 110), "300 parts"),
+    ],
+)
+def test_each_limit_refuses_by_name(text: str, words: str) -> None:
+    verdict = math_answer()(Prompt("p", (), "7"), rf"\boxed{{{text}}}")
+    assert isinstance(verdict, Verdict)
+    assert (verdict.score, verdict.status) == (0.0, "no_answer") and words in verdict.detail, verdict
+    same = math_answer()(Prompt("p", (), text), rf"\boxed{{{text}}}")
+    other = math_answer()(Prompt("p", (), text), r"\boxed{7}")
+    assert isinstance(same, Verdict) and isinstance(other, Verdict)
+    assert same.score == 1.0 and other.status == "error" and words in other.detail
+
+
+def test_limits_leave_large_answers_of_real_size_alone() -> None:
+    for text in ("2^{2004}", "10^{100}", "100!", r"\frac{100!}{2^{50}}", r"\binom{100}{50}", "(1+x)^{100}", "x^{200}-1", r"2009^{2009}"):
+        assert limits.of_text(text) is None
+        verdict = math_answer()(Prompt("p", (), text), rf"\boxed{{{text} + 0}}")
+        assert isinstance(verdict, Verdict) and verdict.score == 1.0, text
