@@ -1,4 +1,4 @@
-"""Generator functions: rows of arithmetic, made on the spot. `data.path = "chains"` and `[data.args]` in a recipe call one of them.
+"""Generator functions: arithmetic made on the spot, and datasets of programs. `data.path = "chains"` and `[data.args]` call one of them.
 
 Every function yields dicts {"id": text, "prompt": text, "answer": text, "solution": text}; the docstring gives an example. The same
 arguments give the same rows everywhere: of `random` only `random()` is used, whose stream Python promises to keep.
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from llmrl.records import InputError
 from llmrl.rows import fill, template_fields
+from llmrl.sources import open_source
 
 Row = dict[str, Any]
 
@@ -113,6 +115,78 @@ def word_chains(
             total = after
         solution = " ".join([*worked, f"The answer is {total}."])
         yield {"id": name, "prompt": fill(prompt, {"story": " ".join(told)}), "answer": str(total), "solution": solution}
+
+
+def humaneval(
+    *,
+    base: Path,
+    path: str | None = None,
+    prompt: str = "Complete this Python function. Answer with the whole program in one ```python block.\n\n```python\n{code}\n```",
+) -> Iterator[Row]:
+    """HumanEval (arXiv:2107.03374), 164 Python functions to write from their docstrings; for the verifier `code_exec`. Evaluation only.
+
+    {"id": "HumanEval/0", "prompt": "Complete ...", "answer": "from typing ...", "solution": "```python ...", "prefix": "from typing ...",
+     "test": "def check(candidate): ...", "entry_point": "has_close_elements"}
+
+    path: a jsonl(.gz), parquet or csv file, relative to the recipe; None = openai/openai_humaneval from the Hub.
+    prompt: `{code}` is filled in: imports, signature and docstring. For a base model, which goes on writing: prompt = "{code}".
+    """
+    _check_fields(prompt, ("code",))
+    for cells in _cells("humaneval", path, "hub:openai/openai_humaneval", "test" if path is None else None, {}, base):
+        code = _text_of(cells, "prompt")
+        program = code + _text_of(cells, "canonical_solution", "answer")
+        row = {"id": _text_of(cells, "task_id", "id"), "prompt": fill(prompt, {"code": code.strip("\n")}), "answer": program}
+        row |= {"solution": f"```python\n{program.strip()}\n```", "prefix": code}
+        yield row | {name: _text_of(cells, name) for name in ("test", "entry_point")}
+
+
+def mbpp(
+    *,
+    base: Path,
+    path: str | None = None,
+    split: str | None = None,
+    config: str = "full",
+    prompt: str = "{text}\nThe program must pass this test:\n{test}\nAnswer with the whole program in one ```python block.",
+) -> Iterator[Row]:
+    """MBPP (arXiv:2108.07732), 974 short Python programs to write from a sentence; for the verifier `code_exec`.
+
+    {"id": "1", "prompt": "Write a function to ...", "answer": "def min_cost ...", "solution": "```python ...", "test_list": ["assert ..."],
+     "challenge_test_list": [...], "test_setup_code": "", "test_imports": []}
+
+    As usual for this dataset the prompt shows the first assert, since the sentence does not name the function. So that one is public: a
+    program that knows it alone passes one test, and none of the others.
+    path: a jsonl(.gz), parquet or csv file, relative to the recipe; None = google-research-datasets/mbpp from the Hub.
+    split: train (374 rows), test (500), validation (90) or prompt (10); None = all rows of a file, or train from the Hub.
+    config: of the Hub's dataset, "full" or "sanitized" (427 rows that people have looked through).
+    prompt: `{text}` and `{test}` are filled in.
+    """
+    _check_fields(prompt, ("text", "test"))
+    for cells in _cells("mbpp", path, "hub:google-research-datasets/mbpp", split, {"name": config}, base):
+        program, tests = _text_of(cells, "code", "answer"), list(cells.get("test_list") or [])
+        if not tests:
+            raise InputError(f"mbpp: the row {cells.get('task_id', cells.get('id'))!r} has no test_list")
+        asked = fill(prompt, {"text": _text_of(cells, "text", "prompt"), "test": str(tests[0])})
+        row = {"id": _text_of(cells, "task_id", "id"), "prompt": asked, "answer": program, "solution": f"```python\n{program.strip()}\n```"}
+        row |= {"test_list": tests, "test_setup_code": cells.get("test_setup_code") or ""}
+        row |= {name: list(cells.get(name) or []) for name in ("challenge_test_list", "test_imports")}
+        yield row | ({"split": cells["split"]} if "split" in cells else {"split": split or "train"} if path is None else {})
+
+
+def _cells(task: str, path: str | None, hub: str, split: str | None, args: dict[str, Any], base: Path) -> Iterator[Row]:
+    """The rows of the file, or of the Hub where there is none. Raises InputError for one that cannot be read."""
+    label, rows = open_source(hub if path is None else path, base=base, split=split, args=args if path is None else None)
+    for row in rows:
+        if row.cells is None:
+            raise InputError(f"{task}: {label}, row {row.number}: {row.problem}")
+        yield row.cells
+
+
+def _text_of(cells: Row, *names: str) -> str:
+    """The first of the columns that is there, as text."""
+    found = next((cells[name] for name in names if cells.get(name) is not None), None)
+    if found is None:
+        raise InputError(f"a row lacks the column {' or '.join(names)}; it has {', '.join(map(str, cells))}")
+    return str(found)
 
 
 def _expressions(rows: int, terms: int, max_value: int, ops: str, seed: int) -> Iterator[tuple[str, list[int], list[str]]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 
 from llmrl.data import read_prompts
 from llmrl.records import InputError
-from llmrl.tasks import addition, chains, word_chains
+from llmrl.tasks import addition, chains, humaneval, mbpp, word_chains
 
 
 def value_of(expr: str) -> int:
@@ -130,3 +133,99 @@ def test_tasks_as_data_sources(tmp_path: Path):
         read_prompts("chain", base=tmp_path)
     with pytest.raises(InputError, match="rows"):
         read_prompts("addition", base=tmp_path, args={"rowz": 3})
+
+
+# ---------------------------------------------------------------- programs
+
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": "from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    \"\"\"The sum, e.g. {1} -> 1.\"\"\"\n",
+    "canonical_solution": "    return sum(xs)\n",
+    "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n",
+    "entry_point": "total",
+}
+MBPP = {
+    "task_id": 7,
+    "text": "Write a function to double a number.",
+    "code": "def double(x):\r\n    return 2 * x",
+    "test_list": ["assert double(1) == 2", "assert double(3) == 6"],
+    "test_setup_code": "",
+    "challenge_test_list": ["assert double('a') == 'aa'"],
+}
+
+
+def write(file: Path, *rows: dict) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_humaneval_rows_in_either_naming(tmp_path: Path):
+    own = {"id": "humaneval/0", "answer": HUMANEVAL["canonical_solution"], **{k: HUMANEVAL[k] for k in ("prompt", "test", "entry_point")}}
+    write(tmp_path / "rows.jsonl", HUMANEVAL, own)
+    first, second = humaneval(path="./rows.jsonl", base=tmp_path)
+    assert first["id"] == "HumanEval/0" and {**first, "id": ""} == {**second, "id": ""}
+    assert first["answer"] == HUMANEVAL["prompt"] + "    return sum(xs)\n" and first["prefix"] == HUMANEVAL["prompt"]
+    assert first["prompt"].startswith("Complete this Python function.") and first["prompt"].endswith('{1} -> 1."""\n```')
+    assert first["solution"].startswith("```python\nfrom typing") and first["solution"].endswith("return sum(xs)\n```")
+    (bare, _) = humaneval(path="./rows.jsonl", base=tmp_path, prompt="{code}")
+    assert bare["prompt"] == HUMANEVAL["prompt"].strip("\n")
+    with pytest.raises(InputError, match="canonical_solution or answer"):
+        list(humaneval(path=str(write(tmp_path / "bad.jsonl", {"task_id": "x", "prompt": "def f():"})), base=tmp_path))
+    with pytest.raises(InputError, match=r"bad\.jsonl, row 1: not JSON"):
+        (tmp_path / "bad.jsonl").write_text("{\n")
+        list(humaneval(path="bad.jsonl", base=tmp_path))
+
+
+def test_mbpp_rows_show_the_first_assert_only(tmp_path: Path):
+    sanitized = {"task_id": 8, "prompt": "Double it.", "code": "x", "test_imports": ["import math"], "test_list": ["assert f(1)"], "split": "test"}
+    write(tmp_path / "rows.jsonl", {**MBPP, "split": "train"}, sanitized)
+    first, second = mbpp(path="rows.jsonl", base=tmp_path)
+    assert first["id"] == "7" and first["answer"] == MBPP["code"] and first["test_list"] == MBPP["test_list"]
+    assert "double a number" in first["prompt"] and "double(1) == 2" in first["prompt"] and "== 6" not in first["prompt"]
+    assert first["challenge_test_list"] == MBPP["challenge_test_list"] and "aa" not in first["prompt"]
+    assert second["test_imports"] == ["import math"] and second["test_setup_code"] == ""
+    assert [row["id"] for row in mbpp(path="rows.jsonl", split="test", base=tmp_path)] == ["8"]
+    with pytest.raises(InputError, match="no test_list"):
+        list(mbpp(path=str(write(tmp_path / "bad.jsonl", {**MBPP, "test_list": []})), base=tmp_path))
+    with pytest.raises(InputError, match="it must contain"):
+        list(mbpp(path="rows.jsonl", base=tmp_path, prompt="{tests}"))
+
+
+def test_programs_come_from_the_hub_by_default(monkeypatch, tmp_path: Path):
+    """The loader's own call, with the package replaced: there is no network in tests."""
+    asked = []
+
+    def load_dataset(path, **keys):
+        asked.append((path, keys))
+        return [HUMANEVAL if "humaneval" in path else MBPP]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert len(list(humaneval(base=tmp_path))) == 1
+    (row,) = mbpp(base=tmp_path)
+    assert row["split"] == "train" and next(iter(mbpp(split="test", config="sanitized", base=tmp_path)))["split"] == "test"
+    assert asked == [
+        ("openai/openai_humaneval", {"split": "test"}),
+        ("google-research-datasets/mbpp", {"split": "train", "name": "full"}),
+        ("google-research-datasets/mbpp", {"split": "test", "name": "sanitized"}),
+    ]
+
+
+def test_programs_as_a_data_source(tmp_path: Path):
+    write(tmp_path / "mbpp.jsonl", MBPP)
+    table = read_prompts("mbpp", base=tmp_path, args={"path": "./mbpp.jsonl"}, need_solution=True)
+    (prompt,) = table.prompts
+    assert prompt.id == "7" and prompt.answer == MBPP["code"] and prompt.meta["test_list"] == MBPP["test_list"]
+    write(tmp_path / "humaneval.jsonl", HUMANEVAL)
+    (prompt,) = read_prompts("humaneval", base=tmp_path, args={"path": "./humaneval.jsonl"}).prompts
+    assert prompt.meta["entry_point"] == "total" and prompt.meta["prefix"] == HUMANEVAL["prompt"]
+
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data" / "code"
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the shared data folder is not here")
+def test_all_real_rows_of_programs_are_read():
+    assert len(list(humaneval(path=str(DATA / "humaneval.jsonl.gz"), base=DATA))) == 164
+    rows = list(mbpp(path="mbpp.jsonl.gz", base=DATA))
+    assert Counter(row["split"] for row in rows) == {"train": 374, "test": 500, "validation": 90, "prompt": 10}
+    assert len({row["id"] for row in rows}) == 974 and all(row["test_list"][0] in row["prompt"] for row in rows)
