@@ -15,7 +15,7 @@ _DECIMAL = rf"(?:{_INT}(?:\.\d+)?|\.\d+)"
 _NUMBER = re.compile(
     # a minus after a digit, letter or closing bracket is an operator: the 4 of "12-4" is positive
     r"(?P<sign>(?<![\w)\]}])[-+]\s?)?(?:\\?[$€£¥]\s?)?(?P<sign2>(?<=[$€£¥])-)?"
-    rf"(?:(?P<whole>\d+)?\s*\\[dt]?frac\s*\{{(?P<fnum>-?\d+)\}}\s*\{{(?P<fden>\d+)\}}"
+    rf"(?:(?:(?P<whole>\d+)\s*)?\\[dt]?frac\s*\{{(?P<fnum>-?\d+)\}}\s*\{{(?P<fden>\d+)\}}"
     rf"|(?:(?P<mixed>\d+)\s+)?(?P<num>{_DECIMAL})\s?/\s?(?P<den>{_DECIMAL})(?![\d/])"
     rf"|(?P<decimal>{_DECIMAL})(?:[eE](?P<exp>[-+]?\d{{1,3}})(?!\w)|\s*(?:\\times|\\cdot|\xd7|\*)\s*10\s*\^\s*\{{?(?P<exp2>[-+]?\d{{1,3}})\}}?)?)"
     r"(?P<percent>\s*(?:\\?%|percent\b))?"
@@ -25,6 +25,9 @@ _NUMBER = re.compile(
 _MINUS = {0x2212: "-", 0x2013: "-"}  # minus sign and en dash
 _POWER = re.compile(r"(?<!10)(?<!10 )\^\s*(?:\{[^{}]*\}|\d+)")  # the 2 of "5 m^2" is no number; 10^3 stays for 1.5 \times 10^3
 _SHORT_FRAC = re.compile(r"\\[dtc]?frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(-?\d+)\}|(\d))")
+
+
+_NO_UNIT = re.compile(r"\\(?!text|mathrm|mbox|circ|left|right|degree)[A-Za-z]+|[+*(\[<>|^_\u221a\u03c0!]")  # of a gold, beside its number
 
 
 class _Number(NamedTuple):
@@ -42,7 +45,8 @@ def numeric(
     last "####"; "auto" the first of boxed, hash, final-answer phrase ("the answer is ..."; its first number), last that gives one.
     Reads 1,234,567 and 1{,}234, -$5 and $-5, 3/4, 1 3/4, \frac{3}{4}, \frac34, 2\frac{1}{2}, 1.5e3 and 1.5 \times 10^{3}, 25%.
     percent: where one side has a percent sign and the other none, 25% equals both 25 and 0.25; False: it is 0.25 only.
-    Status: no_answer (score 0) where no number is found; error where the gold is missing or holds no number.
+    Status: no_answer (score 0) where no number is found; error where the gold is missing or is not one number (2\sqrt{3} is none; a unit may
+    stand beside it).
     Failure modes: "last" takes whatever number comes last, also a step number or a date; decimal commas (3,5) are read as two
     numbers, as is 1 000 with a plain blank; numbers in words and factors such as "million" are not read; units are ignored; powers are not
     worked out (2^{10} is read as 2).
@@ -51,9 +55,9 @@ def numeric(
         raise ValueError(f"abs_tol = {abs_tol} and rel_tol = {rel_tol} must be 0 or more")
 
     def judge(prompt: Prompt, response: str) -> Verdict:
-        gold = None if prompt.answer is None else _pick(prompt.answer, "auto")
+        gold = None if prompt.answer is None else _gold(prompt.answer)
         if gold is None:
-            why = "the row has no gold answer" if prompt.answer is None else f"no number in the gold answer {prompt.answer[:200]!r}"
+            why = "the row has no gold answer" if prompt.answer is None else f"the gold answer {prompt.answer[:200]!r} is not one number"
             return Verdict(None, "error", detail=why)
         found = _pick(response, extract)
         if found is None:
@@ -70,6 +74,14 @@ def numeric(
         return Verdict(float(distance <= reach), "ok", found.text, f"off by {float(min(distance, Fraction(10) ** 300)):.3g}")
 
     return judge
+
+
+def _gold(text: str) -> _Number | None:
+    """The gold's number; None where the gold is something else that holds numbers, of which the last would be taken for the answer."""
+    text = (boxed(text) or [text])[-1].rpartition("####")[2]
+    numbers = _numbers(text)
+    rest = _NUMBER.sub(" ", _ready(text))
+    return numbers[0] if len(numbers) == 1 and not _NO_UNIT.search(rest) else None
 
 
 def _pick(text: str, extract: str) -> _Number | None:
@@ -92,10 +104,13 @@ def _pick(text: str, extract: str) -> _Number | None:
     return numbers[-1] if numbers else None
 
 
-def _numbers(text: str) -> list[_Number]:
+def _ready(text: str) -> str:
     text = _POWER.sub(" ", text.translate(_MINUS))
-    text = _SHORT_FRAC.sub(lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)  # \frac12 is \frac{1}{2}
-    return [n for m in _NUMBER.finditer(text) if (n := _value(m)) is not None]
+    return _SHORT_FRAC.sub(lambda m: rf"\frac{{{m[1] or m[2]}}}{{{m[3] or m[4]}}}", text)  # \frac12 is \frac{1}{2}
+
+
+def _numbers(text: str) -> list[_Number]:
+    return [n for m in _NUMBER.finditer(_ready(text)) if (n := _value(m)) is not None]
 
 
 def _value(m: re.Match[str]) -> _Number | None:

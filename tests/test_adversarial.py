@@ -57,7 +57,7 @@ VERIFIERS = [
     # reference, keywords, a normal question, gold, right and wrong response; how many of the corpus may end as timeout
     ("math_answer", {}, "", r"\frac{1}{2}", r"so \boxed{0.5}", r"so \boxed{0.6}", 2),
     ("math_answer", {"strict": True}, "", r"\frac{1}{2}", r"so \boxed{0.5}", r"\boxed{0.5} or \boxed{0.6}", 2),
-    ("numeric", {}, "", "12", "It is 12.", "It is 13.", 2),  # its search for fractions takes quadratic time over blanks
+    ("numeric", {}, "", "12", "It is 12.", "It is 13.", 0),
     ("exact", {}, "", "Paris", "It is\nParis.", "Lyon", 0),
     ("choice", {}, MARKED, "B", "The answer is (B).", "The answer is (A).", 0),
     ("format", {"tags": ["think", "answer"]}, "", None, "<think>a</think><answer>4</answer>", "4", 0),

@@ -332,9 +332,17 @@ def test_trl_functions_plug_in_unchanged(tmp_path: Path) -> None:
         trl(ref="./r.py:total", low=1.0, base=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["math_answer", "numeric", "exact", "choice", "format", "combine"])
+NEED_A_MODEL = {"judge", "reward_model"}  # `llmrl check judge model=... base_url=...` is in test_judge.py
+MODULES = sorted(set(plugins.available("llmrl.rewards")) - NEED_A_MODEL - {"trl"})
+
+
+def test_no_module_is_left_out() -> None:
+    assert {"math_answer", "numeric", "exact", "choice", "format", "regex", "length", "ifeval", "code_exec", "combine"} == set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_every_module_passes_its_own_contract(name: str) -> None:
-    rows = check_verifier(name, {}, HERE, timeout_s=1.0)
+    rows = check_verifier(name, {}, HERE, timeout_s=10.0 if name == "code_exec" else 2.0)
     assert [row for row in rows if not row.ok] == []
     assert [row.name for row in rows] == [
         "builds in a fresh process",
