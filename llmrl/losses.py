@@ -173,6 +173,7 @@ def mismatch(
     for mark in ("scales_with_advantage", "clip_bounds"):
         if hasattr(fn, mark):
             setattr(corrected, mark, getattr(fn, mark))
+    corrected.corrects_mismatch = True  # type: ignore[attr-defined]
     return corrected
 
 

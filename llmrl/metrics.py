@@ -39,6 +39,8 @@ METRICS: dict[str, Metric] = {
     "samples/unjudged": Metric("samples", "sum", "Samples whose verifier timed out, failed or had no gold: weight 0, outside all statistics."),
     "samples/timeout": Metric("samples", "sum", "Samples whose verifier did not end within scoring.timeout_s; part of samples/unjudged."),
     "samples/error": Metric("samples", "sum", "Samples whose verifier failed, or whose row it cannot judge; part of samples/unjudged."),
+    "samples/staleness_updates": Metric("updates", "mean", "Updates between the weights that sampled and the weights that learn; 0 = on-policy."),
+    "samples/stale": Metric("samples", "sum", "Samples dropped because they were older than engine.max_staleness allows."),
     "samples/no_answer_share": Metric("1", "mean", "Share of samples in which the verifier found no answer."),
     "groups/live_share": Metric("1", "mean", "Share of cohorts with an advantage that is not 0."),
     "length/max_tokens": Metric("tokens", "max", "Longest completion of the step."),

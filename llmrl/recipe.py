@@ -128,15 +128,18 @@ class Plugin(_Section):
     def _split(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {**{k: v for k, v in values.items() if k == "use"}, "kwargs": {k: v for k, v in values.items() if k != "use"}}
+        own = set(cls.model_fields) - {"kwargs"}
+        return {**{k: v for k, v in values.items() if k in own}, "kwargs": {k: v for k, v in values.items() if k not in own}}
 
     @model_serializer
     def _join(self) -> dict[str, Any]:
-        return {"use": self.use, **self.kwargs}
+        return {**{k: getattr(self, k) for k in type(self).model_fields if k != "kwargs"}, **self.kwargs}
 
 
 class EnginePlugin(Plugin):
     use: str = "hf"
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """Steps that rollouts may be behind the weights they train: 0 = none; 1 = the next step's rollouts run during the update."""
 
 
 class RulePlugin(Plugin):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ class Session:
     stream: PromptStream
     memory: Memory = field(default_factory=Memory)
     credit_state: dict[str, Any] = field(default_factory=dict)
+    coming: Future[Any] | None = None
+    """The next step's rollouts, where they run during this step's update."""
+    background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="llmrl-rollouts"))
 
     @property
     def recipe(self) -> Recipe:
@@ -69,6 +73,7 @@ class Session:
         return self.accelerator.num_processes
 
     def close(self) -> None:
+        self.background.shutdown(wait=False, cancel_futures=True)
         self.scorer.close()
         if hasattr(self.engine, "close"):
             self.engine.close()
@@ -205,15 +210,16 @@ def make_learner(loaded: LoadedRecipe, plan: tuple[str, bool] | None, policy: Po
     """The learner under `plan` (strategy, offload). Where an engine generates on the model itself, a sharded learner gets a copy of it."""
     r = loaded.recipe
     how: dict[str, Any] = {"head_chunk": r.model.head_chunk, "temperature": temperature}
-    if plan is None or plan[0] == "ddp":
-        return Learner(policy, accelerator, **how)
 
     def again() -> Policy:
         return load_policy(r.model, base=loaded.base, seed=r.seed, device=accelerator.device)
 
     own, world = policy, accelerator.num_processes
-    if getattr(engine, "policy", None) is policy:
-        own, engine.replica = again(), True
+    whole = plan is None or plan[0] == "ddp"
+    if getattr(engine, "policy", None) is policy and (not whole or r.engine.max_staleness):
+        own, engine.replica = again(), True  # it generates while the learner learns, or on weights that the learner has cut up
+    if plan is None or whole:
+        return Learner(own, accelerator, **how)
     if plan[0] == "fsdp2":
         strategy: Strategy = Sharded(own, r.model.head_chunk, world)
     else:
@@ -234,6 +240,11 @@ def open_session(loaded: LoadedRecipe, *, sharded: bool = True) -> Session:
     check_plugins(loaded)
     r = loaded.recipe
     rule = rule_of(loaded)
+    if r.engine.max_staleness and not any(getattr(t.fn, "corrects_mismatch", False) for t in rule.loss):
+        raise InputError(
+            f"{loaded.where('engine.max_staleness')}: rollouts of older weights need a rule that corrects for them, and {r.rule.use} as it is set does "
+            'not; set rule.mismatch = "token_truncate" (or another of its forms), or engine.max_staleness = 0'
+        )
     tables = read_tables(loaded, load_tokenizer(r.model, base=loaded.base))
     _trackers_exist(loaded)
     scorer = scorer_of(loaded)

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmrl.batch import evaluate_terms, global_denominators, numbers, pack, token_metrics
 from llmrl.credit import View
 from llmrl.learner import Learner, RunFailed, learning_rate
-from llmrl.records import Group, Sample
+from llmrl.records import Group, Prompt, Sample
 from llmrl.rollout import RolloutIO, philox, timed
 from llmrl.rules.base import Needs, Rule
 from llmrl.session import Session
@@ -40,32 +40,57 @@ def view_of(samples: Sequence[Sample], learner: Learner, max_new_tokens: int) ->
     )
 
 
-def run_step(session: Session, step: int) -> tuple[list[Group], list[Tensor], Row]:
-    """Step `step` (from 1): its groups, their advantages (one [n_tokens] tensor a sample, in order), and a row of metrics."""
-    r, learner, rule = session.recipe, session.learner, session.rule
+def rollouts(session: Session, step: int, prompts: list[Prompt]) -> tuple[list[Group], Counter[str]]:
+    """The groups of a step, and the seconds that its parts took. Touches the engine, the verifier, the memory and the prompts, not the learner."""
+    r = session.recipe
     io = RolloutIO(
         session.engine, session.scorer, session.policy.chat, session.memory, session.sampling, r.rollout.group, (r.seed, step),
         more_prompts=session.stream.take,
     )  # fmt: skip
+    return asyncio.run(session.rule.collect(prompts, io)), io.seconds  # type: ignore[arg-type]
+
+
+def run_step(session: Session, step: int, *, ahead: bool = False) -> tuple[list[Group], list[Tensor], Row]:
+    """Step `step` (from 1): its groups, their advantages (one [n_tokens] tensor a sample, in order), and a row of metrics.
+
+    ahead: the rollouts of the next step run during this one's update, on the weights before it.
+    """
+    r, learner, rule = session.recipe, session.learner, session.rule
+    mine = r.rollout.prompts // session.world
     began, scored = time.perf_counter(), session.scorer.stats()
-    groups = asyncio.run(rule.collect(session.stream.take(r.rollout.prompts // session.world), io))  # type: ignore[arg-type]
+    coming, session.coming = session.coming, None
+    groups, seconds = coming.result() if coming else rollouts(session, step, session.stream.take(mine))
+    session.memory.end_step(learner.gather)
     samples = [s for g in groups for s in g.samples]
-    for s in samples:
-        if s.policy_version != learner.version:
-            raise RunFailed(f"sample {s.id} is of policy version {s.policy_version}, the learner is at {learner.version}: stale rollouts")
-    seconds: Counter[str] = io.seconds
+    stale = drop_stale(samples, learner.version, (r.batch.minibatches * r.batch.epochs) if coming else 0)
+    if ahead:
+        session.coming = session.background.submit(rollouts, session, step + 1, session.stream.take(mine))
     with timed(seconds, "update"):
         for name in _streams_before_credit(rule.needs, updates=r.batch.minibatches * r.batch.epochs):
             learner.add_stream(name, samples, tokens=r.batch.tokens)
         adv_T, session.credit_state = rule.credit.update(view_of(samples, learner, session.sampling.max_new_tokens), session.credit_state)
         adv = list(adv_T.split([len(s.token_ids) for s in samples]))
         learned = learn(session, groups, samples, adv, step)
+    with timed(seconds, "wait"):
+        if session.coming:
+            session.coming.exception()  # all of it is in before the weights change under it; what failed is told when it is taken
+    with timed(seconds, "publish"):
         published = publish(session)
-    session.memory.end_step(learner.gather)
     row = {**rollout_metrics(samples, adv, learner), **learned, **published}
-    row |= {f"time/{name}_s": t for name, t in seconds.items()} | {"time/step_s": time.perf_counter() - began}
+    row |= {f"time/{name}_s": t for name, t in seconds.items()} | {"time/step_s": time.perf_counter() - began} | stale
     row |= verifier_metrics(scored, session.scorer.stats())
     return groups, adv, row
+
+
+def drop_stale(samples: Sequence[Sample], version: int, allowed: int) -> Row:
+    """Samples of weights more than `allowed` updates old train nothing; where none may be old, one that is stops the run."""
+    behind = [version - s.policy_version for s in samples]
+    for s, n in zip(samples, behind, strict=True):
+        if n < 0 or (n > 0 and not allowed):
+            raise RunFailed(f"sample {s.id} is of policy version {s.policy_version}, the learner is at {version}: stale rollouts")
+        if n > allowed:
+            s.reward, s.weights = None, dict.fromkeys(s.weights, 0.0)
+    return {"samples/staleness_updates": sum(behind) / max(1, len(behind)), "samples/stale": float(sum(n > allowed for n in behind))}
 
 
 PROBE_TOKENS = 64
@@ -144,7 +169,8 @@ def learn(session: Session, groups: Sequence[Group], samples: Sequence[Sample], 
                 metrics = token_metrics(batch, out, rule.loss)
                 metrics["trained"] = float(len(batch.ids_P))
                 if first:
-                    check_gap(session, metrics, step)
+                    if all(s.policy_version == learner.version for s in samples):  # others differ by right, and the rule corrects for it
+                        check_gap(session, metrics, step)
                     gap_max = metrics.get("gap_max", 0.0)
                 first = False
                 sums.update({k: v for k, v in metrics.items() if k not in ("gap_max", "over_max")})  # type: ignore[arg-type]

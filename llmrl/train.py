@@ -158,14 +158,17 @@ class Run:
 
     def advance(self) -> None:
         r, step = self.s.recipe, self.progress.step + 1
-        groups, adv, row = run_step(self.s, step)
+        evaluates = step == r.steps or bool(r.eval.every and step % r.eval.every == 0)
+        saves = step == r.steps or bool(r.checkpoint.every and step % r.checkpoint.every == 0)
+        # nothing is under way when a checkpoint is written: a run that is resumed there draws what the unbroken one draws
+        groups, adv, row = run_step(self.s, step, ahead=bool(r.engine.max_staleness) and not (evaluates or saves))
         write_rows(step_path(self.folder, step, self.s.rank), sample_rows(step, groups, adv))
         self.progress.step = step
         self.progress.tokens += row["tokens/generated"] or 0.0
-        if step == r.steps or (r.eval.every and step % r.eval.every == 0):
+        if evaluates:
             row |= self.evaluate(step).row()
         self.write(step, row)
-        if step == r.steps or (r.checkpoint.every and step % r.checkpoint.every == 0):
+        if saves:
             self.save()
 
     def evaluate(self, step: int) -> EvalResult:
