@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from llmrl.strategy import cut_like, whole
 
 if TYPE_CHECKING:
     from llmrl.learner import Learner
+    from llmrl.models import Policy
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -64,6 +66,22 @@ def save(folder: Path, step: int, learner: Learner, state: dict[str, Any], *, ra
         _sync(folder)
     learner.accelerator.wait_for_everyone()
     return final
+
+
+def save_base(folder: Path, learner: Learner, plain: Callable[[], Policy]) -> None:
+    """With LoRA on a model that lies nowhere (path = "tiny"): writes it without adapters, once a run, to where the adapters say it is.
+
+    plain: makes that model.
+    """
+    config = learner.policy.model.peft_config["default"] if learner.policy.lora else None  # type: ignore[union-attr, index]
+    if config is None or config.base_model_name_or_path:
+        return
+    config.base_model_name_or_path = str(folder.resolve())
+    if learner.accelerator.process_index == 0 and not folder.exists():
+        policy = plain()
+        policy.model.config._attn_implementation = "sdpa"
+        policy.model.save_pretrained(folder)
+        policy.chat.tokenizer.save_pretrained(folder)
 
 
 def save_model(folder: Path, learner: Learner) -> None:

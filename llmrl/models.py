@@ -7,6 +7,7 @@ sampled (padding, begin of text, unknown), which are left out of the softmax on 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,18 +129,22 @@ def load_policy(cfg: Model, *, base: Path = Path("."), seed: int = 0, device: to
     policy = Policy(model, Chat(tokenizer), frozenset(stop), tuple(sorted(never)), cfg.attention)
     policy.self_test()
     if cfg.lora is not None:
-        _add_adapters(policy, cfg, seed)
+        _add_adapters(policy, cfg, seed, "" if cfg.path == "tiny" else plain_folder(_locate(cfg.path, base)))
     return policy
 
 
-def _add_adapters(policy: Policy, cfg: Model, seed: int) -> None:
-    """LoRA adapters (arXiv:2106.09685) on the layers of model.lora.targets; only they learn. B starts at 0: the model is what it was."""
+def _add_adapters(policy: Policy, cfg: Model, seed: int, base: str) -> None:
+    """LoRA adapters (arXiv:2106.09685) on the layers of model.lora.targets; only they learn. B starts at 0: the model is what it was.
+
+    base: where the model came from; adapters name it, so that whoever loads them finds it.
+    """
     from peft import LoraConfig
 
     assert cfg.lora is not None
     dtype = policy.model.dtype
     targets = cfg.lora.targets if isinstance(cfg.lora.targets, str) else list(cfg.lora.targets)
     config = LoraConfig(r=cfg.lora.rank, lora_alpha=cfg.lora.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    config.base_model_name_or_path = base
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # A is random: the same on every rank, and in every run of the seed
         try:
@@ -248,11 +253,23 @@ def _pretrained(where: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     tokenizer = _auto_tokenizer(where)
-    folder = str(_converted(Path(where))) if where.endswith(".gguf") else where
+    folder = plain_folder(where)
+    adapters = Path(folder) / "adapter_config.json"
     try:
+        if adapters.is_file():
+            from peft import PeftModel
+
+            base = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), folder)
+            return model.merge_and_unload(), tokenizer
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tokenizer
     except (OSError, ValueError) as e:
         raise InputError(f"model.path: no causal LM could be loaded from {where!r}: {str(e).splitlines()[0]}") from e
+
+
+def plain_folder(where: str) -> str:
+    """What transformers loads: the folder or Hub id itself, or the folder made from a GGUF file."""
+    return str(_converted(Path(where))) if where.endswith(".gguf") else where
 
 
 def _converted(gguf: Path) -> Path:

@@ -28,6 +28,25 @@ def model_folder(model: str) -> str:
     return model
 
 
+def export_model(model: str, out: Path, dtype: str) -> dict[str, Any]:
+    """Loads whatever `model` names, adapters merged in fp32, and saves it whole."""
+    import torch
+
+    from llmrl.models import load_policy
+    from llmrl.recipe import Model
+
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype {dtype}: expected float32 or bfloat16")
+    if out.exists():
+        raise InputError(f"{out} exists; name a folder that does not")
+    policy = load_policy(Model(path=model_folder(model), dtype="float32"), base=Path.cwd())
+    policy.model.to(getattr(torch, dtype))
+    policy.model.config._attn_implementation = "sdpa"
+    policy.model.save_pretrained(out)
+    policy.chat.tokenizer.save_pretrained(out)
+    return {"model": str(out), "dtype": dtype, "parameters": sum(p.numel() for p in policy.model.parameters())}
+
+
 def sample_file(
     model: str, data: str, out: Path, *, n: int, temperature: float, top_p: float, max_new_tokens: int, stop: tuple[str, ...], limit: int | None,
     template: str | None, system: str | None, answer_after: str | None, args: dict[str, Any], split: str | None, verifier: str | None,

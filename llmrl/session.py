@@ -229,6 +229,12 @@ def make_learner(loaded: LoadedRecipe, plan: tuple[str, bool] | None, policy: Po
     return Learner(own, accelerator, strategy=strategy, make_policy=again, **how)
 
 
+def without_adapters(loaded: LoadedRecipe) -> Policy:
+    """The recipe's model as it is before LoRA."""
+    r = loaded.recipe
+    return load_policy(r.model.model_copy(update={"lora": None}), base=loaded.base, seed=r.seed)
+
+
 def open_session(loaded: LoadedRecipe, *, sharded: bool = True) -> Session:
     """Builds all of it. InputError for anything that the user can mend; no model is loaded before data and verifier are known good.
 

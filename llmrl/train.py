@@ -17,7 +17,7 @@ from llmrl.manifest import check_resume, write_manifest
 from llmrl.metrics import MetricLog
 from llmrl.records import InputError
 from llmrl.samples import read_rows, sample_rows, step_path, write_rows
-from llmrl.session import Session, check_run_folder, make_run_folder, open_session
+from llmrl.session import Session, check_run_folder, make_run_folder, open_session, without_adapters
 from llmrl.sft import supervise
 from llmrl.step import publish, run_step
 
@@ -47,6 +47,7 @@ def train(loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False
             make_run_folder(loaded, overwrite=overwrite)
             write_manifest(folder, session)  # before any other file: a run killed at any moment from here on can be resumed
         session.accelerator.wait_for_everyone()
+        checkpoint.save_base(folder / "base", session.learner, lambda: without_adapters(loaded))
         run = Run(session, folder, console)
         run.prepare(resume)
         while run.progress.step < session.recipe.steps:

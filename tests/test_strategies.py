@@ -125,3 +125,21 @@ def test_lora_saves_adapters_only_and_both_folders_load(runs: Path) -> None:
     assert all("lora_" in name for name in adapters) and sum(x.numel() for x in adapters.values()) < 0.5 * sum(x.numel() for x in full.values())
     assert (runs / "one-lora" / "checkpoints" / "step-000005" / "model" / "adapter_config.json").is_file()
     assert max(float(x.abs().max()) for name, x in adapters.items() if "lora_B" in name) > 1e-3  # they moved
+
+
+def test_lora_folders_are_what_they_say(runs: Path, tmp_path: Path) -> None:
+    """The adapters loaded by transformers, the exported folder, and the learner's own weights give the same logits."""
+    from transformers import AutoModelForCausalLM
+
+    from llmrl.sampling import export_model
+
+    for name in ("one-lora", PLANS[-1] + "-lora"):
+        told = export_model(str(runs / name), tmp_path / name, "float32")
+        adapters = AutoModelForCausalLM.from_pretrained(runs / name / "checkpoints" / "step-000005" / "model")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        base = AutoModelForCausalLM.from_pretrained(runs / name / "base")
+        assert not [n for n, _ in merged.named_parameters() if "lora" in n] and told["parameters"] == sum(p.numel() for p in base.parameters())
+        ids = torch.tensor([[1, 5, 14, 6, 17]])
+        with torch.no_grad():
+            a, b, c = (m(ids).logits for m in (adapters, merged, base))
+        assert float((a - b).abs().max()) < 1e-5 and float((a - c).abs().max()) > 1e-3
