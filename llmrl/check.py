@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llmrl import plugins
 from llmrl.batch import pack, token_metrics
 from llmrl.config import LoadedRecipe
+from llmrl.footprint import footprint
 from llmrl.learner import RunFailed
 from llmrl.records import Prompt, Sample
 from llmrl.rollout import RolloutIO
@@ -104,21 +106,34 @@ def _arithmetic(session: Session) -> Finding:
 
 
 def _memory(session: Session) -> Finding:
-    """Weights, optimizer and cache are exact; activations are an estimate without gradient checkpointing (18 hidden sizes a layer and token)."""
+    """Weights, gradients and optimizer are exact; activations are an estimate without gradient checkpointing (18 hidden sizes a layer and token)."""
     r, model = session.recipe, session.policy.model
     config = model.config.get_text_config()
-    n, size = sum(p.numel() for p in model.parameters()), model.dtype.itemsize
-    copies = 2 if session.rule.needs.ref_logp else 1
-    fixed = n * (size * copies + (4 if model.dtype == torch.bfloat16 else 0) + 4 + 8)
+    learning = sum(p.numel() for _, p in session.learner.params)
+    n = sum(p.numel() for p in model.parameters()) - (learning if r.model.lora else 0)
     layers = 2 if r.model.gradient_checkpointing else config.num_hidden_layers
-    activations = r.batch.tokens * layers * (18 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)) * size
-    head = min(r.model.head_chunk, r.batch.tokens) * config.vocab_size * 4 * 3
-    gb = [x / 1e9 for x in (fixed, activations, head)]
+    width = model.dtype.itemsize
+    activations = r.batch.tokens * layers * (18 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)) * width / 1e9
+    head = min(r.model.head_chunk, r.batch.tokens) * config.vocab_size * 4 * 3 / 1e9
     there = (torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else _ram()) / 1e9
+    own = r.engine.max_staleness > 0 and hasattr(session.engine, "policy")
+
+    def of(strategy: Any, world: int) -> float:
+        replica = False if not hasattr(session.engine, "policy") else True if own else None
+        return footprint(
+            n, bf16=r.model.dtype == "bfloat16", strategy=strategy, world=world, learning=learning if r.model.lora else None,
+            reference=session.rule.needs.ref_logp, offload=r.learner.offload and strategy.startswith("zero"), replica=replica,
+        ).device  # fmt: skip
+
+    asked = "ddp" if r.learner.strategy == "auto" else r.learner.strategy
+    fixed = of("ddp" if asked == "ddp" else asked, 1)
+    spread = ", ".join(f"{s} {of(s, 8):.2f}" for s in ("ddp", "zero2", "zero3", "fsdp2"))
+    told = f", {learning / 1e6:.2f}M of them adapters" if r.model.lora else ""
     return Finding(
-        "memory estimate", sum(gb) < there,
-        f"{n / 1e6:.1f}M parameters: weights, gradients, optimizer {gb[0]:.2f} GB + activations about {gb[1]:.2f} GB + head chunk {gb[2]:.2f} GB "
-        f"(+ key-value cache of the engine) of {there:.0f} GB",
+        "memory estimate", fixed + activations + head < there,
+        f"{(n + (learning if r.model.lora else 0)) / 1e6:.1f}M parameters{told}: weights, gradients, optimizer {fixed:.2f} GB + activations about "
+        f"{activations:.2f} GB + head chunk {head:.2f} GB (+ key-value cache of the engine) of {there:.0f} GB; on each of 8 ranks, without "
+        f"activations: {spread} GB",
     )  # fmt: skip
 
 
