@@ -13,7 +13,7 @@ from llmrl.rewards.sandbox import START_LIMIT_S, Limits, Sandbox, open_sandbox
 def code_exec(
     *,
     partial: bool = False,
-    timeout_s: float = 6.0,
+    timeout_s: float = 4.5,
     memory_mb: int = 512,
     processes: int = 32,
     packages: bool = False,

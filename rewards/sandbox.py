@@ -34,7 +34,7 @@ from llmrl.records import InputError
 
 Choice = Literal["auto", "bwrap", "namespaces"]
 Kind = Literal["bwrap", "namespaces", "unsafe_local"]
-START_LIMIT_S = 2.0
+START_LIMIT_S = 4.0
 """A sandbox whose payload has not started after this long has failed."""
 _BOOT = (
     "import os,sys,marshal;f=os.fdopen(int(sys.argv[1]),'rb',closefd=False);n=f.read(8);d=marshal.loads(f.read(int.from_bytes(n,'big')));"
@@ -188,7 +188,7 @@ class Sandbox:
             theirs.close()
         child = Child(process, ours, folder)
         try:
-            ours.settimeout(START_LIMIT_S / 2)
+            ours.settimeout(1.0)
             packed = marshal.dumps((_boot_code(), setup, list(modules)))
             ours.sendall(len(packed).to_bytes(8, "big") + packed)
         except OSError:  # it has ended already, or reads nothing: `hear` finds out why
@@ -212,17 +212,17 @@ class Sandbox:
             found += ["--setenv", name, value]
         if uid is not None:  # as root it would keep all of them; these are for the change of identity inside, which loses them
             found += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_SETPCAP"]
+        found += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+        for path in ("/tmp", "/dev/shm"):  # before the binds: an interpreter may lie below /tmp
+            found += ["--perms", "1777", "--size", str(self.limits.file_mb << 20), "--tmpfs", path]
         binds, links = _binds(self.packages)
-        parents = {str(parent) for path in binds for parent in Path(path).parents} - {"/"}
+        parents = {str(parent) for path in binds for parent in Path(path).parents} - {"/", "/tmp"}
         for path in sorted(parents):  # by itself bubblewrap makes them for root's eyes only
             found += ["--perms", "0755", "--dir", path]
         for path in binds:
             found += ["--ro-bind", path, path]
         for path, target in links.items():
             found += ["--symlink", target, path]
-        found += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-        for path in ("/tmp", "/dev/shm"):
-            found += ["--perms", "1777", "--size", str(self.limits.file_mb << 20), "--tmpfs", path]
         return [*found, "--remount-ro", "/", "--chdir", "/tmp", "--"]
 
 

@@ -223,21 +223,21 @@ def _new_root(binds: list[str], links: dict[str, str], tmp_bytes: int) -> None:
     """A tmpfs as the root, with `binds` read-only at their own paths. It is built over /proc, where no source lies."""
     root = "/proc"
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
+    for name in ("dev", "dev/shm", "proc", "tmp"):
+        os.mkdir(f"{root}/{name}")
+    for name in ("tmp", "dev/shm"):  # before the binds: an interpreter may lie below /tmp
+        _mount("tmpfs", f"{root}/{name}", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={tmp_bytes},mode=1777,nr_inodes=10000")
     for path in binds:
         _place(path, root + path)
         _mount(path, root + path, None, _MS_BIND | _MS_REC)
         _read_only(root + path, recursive=True)
     for path, target in links.items():
         os.symlink(target, root + path)
-    for name in ("dev", "dev/shm", "proc", "tmp"):
-        os.mkdir(f"{root}/{name}")
     for name in _DEVICES:
         _place(f"/dev/{name}", f"{root}/dev/{name}")
         _mount(f"/dev/{name}", f"{root}/dev/{name}", None, _MS_BIND)
     for name, target in (("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")):
         os.symlink(f"/proc/self/fd{target}", f"{root}/dev/{name}")
-    for name in ("tmp", "dev/shm"):
-        _mount("tmpfs", f"{root}/{name}", "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={tmp_bytes},mode=1777,nr_inodes=10000")
     _mount("proc", f"{root}/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     os.chdir(root)
     _call("pivot_root", _libc().pivot_root(b".", b"."))
