@@ -182,6 +182,66 @@ def check(
 
 
 @app.command()
+def launch(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of a node, the servers' among them; default all that there are; 0 = train on CPU")] = None,
+    procs: Annotated[int | None, typer.Option(min=1, help="Trainer processes a node; default one a GPU that no server takes, on CPU one")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes, all alike")] = 1,
+    node_rank: Annotated[int | None, typer.Option(help="This node's number, from 0")] = None,
+    master: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="An address of node 0 that the other nodes reach")] = None,
+    hosts: Annotated[str, typer.Option(metavar="A,B,...", help="Addresses of all nodes; needed for --vllm with --nodes")] = "",
+    run_id: Annotated[str | None, typer.Option(metavar="ID", help="Name of the launch, the same on all nodes; may stand for --node-rank")] = None,
+    vllm: Annotated[int, typer.Option(min=0, help="vLLM servers to start on a node")] = 0,
+    vllm_gpus: Annotated[int, typer.Option(min=1, help="GPUs of a server (tensor parallel)")] = 1,
+    vllm_python: Annotated[str | None, typer.Option(metavar="PATH", help="Interpreter of vLLM's own environment; default this one")] = None,
+    vllm_args: Annotated[str, typer.Option(metavar="TEXT", help='More options for the servers, e.g. "--gpu-memory-utilization 0.8"')] = "",
+    vllm_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the first server; the others follow")] = 8000,
+    vllm_wait: Annotated[float, typer.Option(min=1, help="Seconds that the servers have to come up")] = 600.0,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Write an sbatch script; start nothing")] = False,
+    k8s: Annotated[bool, typer.Option("--k8s", help="Write a Kubernetes manifest (Job and Service); start nothing")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Where --slurm and --k8s write; default stdout")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print commands, environment and rank layout; start nothing")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:  # fmt: skip
+    """Train over several processes, GPUs or nodes, with vLLM servers if asked; starts, watches and ends all of them."""
+    from llmrl.launch_plan import Asked, make_plan
+
+    asked = Asked(
+        recipe, tuple(overrides or ()), gpus=gpus, procs=procs, nodes=nodes, node_rank=node_rank, master=master, run_id=run_id,
+        hosts=tuple(h for h in hosts.split(",") if h), vllm=vllm, vllm_gpus=vllm_gpus, vllm_python=vllm_python, vllm_args=vllm_args,
+        vllm_port=vllm_port, vllm_wait=vllm_wait, resume=resume, overwrite=overwrite, json=json_,
+    )  # fmt: skip
+    plan = make_plan(asked, "cluster" if slurm or k8s else "show" if dry_run else "run")
+    if slurm or k8s:
+        from llmrl.launch_cluster import write_script
+
+        write_script(plan, "slurm" if slurm else "k8s", out)
+        return
+    from llmrl import launch as launcher
+
+    if dry_run:
+        _print({}, False, launcher.dry_run(plan))
+        return
+    raise typer.Exit(launcher.launch(plan))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run directory (its last checkpoint), a checkpoint's model folder, or any transformers model")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: of the folder. Adapters are merged in float32")] = "bfloat16",
+    json_: Json = False,
+) -> None:  # fmt: skip
+    """Write a plain transformers folder that `vllm serve` and from_pretrained read; LoRA adapters are merged into their base model."""
+    from llmrl.sampling import export_model
+
+    _print(export_model(model, out, dtype), json_, f"wrote {out}")
+
+
+@app.command()
 def show(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
     """Print the resolved recipe: every value and where it is from (file, default, override)."""
     from llmrl.config import load_recipe

@@ -17,7 +17,7 @@ from llmrl.records import InputError
 if TYPE_CHECKING:
     from llmrl.session import Session
 
-MAY_CHANGE = ("run.", "checkpoint.", "scoring.workers", "scoring.concurrency", "learner.")
+MAY_CHANGE = ("run.", "checkpoint.", "scoring.workers", "scoring.concurrency", "learner.", "engine.servers", "engine.folder")
 """Keys that do not change what is computed."""
 
 

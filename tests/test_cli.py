@@ -121,7 +121,7 @@ def test_show_check_and_help(run):
     assert "gold answers score 1" in names and "learner and engine agree" in names
     failing = llmrl("check", "recipes/quickstart.toml", *TINY, "verifier.after=@@nothing", "--json")
     assert failing.returncode in (0, 1)
-    for command in ("train", "sft", "sample", "score", "verify", "check", "show"):
+    for command in ("train", "sft", "sample", "score", "verify", "check", "show", "export", "launch"):
         done = llmrl(command, "--help")
         assert done.returncode == 0 and "--json" in done.stdout
 

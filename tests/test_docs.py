@@ -16,12 +16,12 @@ BLOCKS = [(page.name, n, text) for page in PAGES for n, text in enumerate(re.fin
 
 def refuse_unknown(section: str, values: dict) -> None:
     if section in HOMES:
-        keys = {k: v for k, v in values.items() if k != "use"}
-        if values["use"].startswith("./"):  # the README's own example, run in test_cli.py
+        plugin = recipe.Recipe.model_fields[section].annotation.model_validate(values)
+        if plugin.use.startswith("./"):  # the README's own example, run in test_cli.py
             return
-        factory = plugins.resolve(values["use"], home=HOMES[section], base=REPO)
-        assert plugins.check(factory, keys, name=values["use"])[1] == []
-        for part in keys.get("parts", []):
+        factory = plugins.resolve(plugin.use, home=HOMES[section], base=REPO)
+        assert plugins.check(factory, plugin.kwargs, name=plugin.use)[1] == []
+        for part in plugin.kwargs.get("parts", []):
             refuse_unknown(section, {k: v for k, v in part.items() if k != "weight"})
     else:
         model = recipe.Recipe.model_fields[section].annotation
