@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint bench clean vllm-env test-vllm
 
 quickstart: .venv/run.stamp
 	$(BIN)/llmrl train recipes/quickstart.toml --overwrite
@@ -20,6 +20,15 @@ lint: .venv/dev.stamp
 bench: .venv/dev.stamp
 	$(BIN)/python scripts/bench.py
 	$(BIN)/python scripts/bench_scoring.py
+
+# vLLM has an environment of its own: VLLM_ENV, by default .venv-vllm.
+VLLM_ENV ?= .venv-vllm
+
+vllm-env:
+	bash scripts/vllm_env.sh $(VLLM_ENV)
+
+test-vllm: .venv/dev.stamp
+	LLMRL_VLLM_PYTHON=$(abspath $(VLLM_ENV))/bin/python $(BIN)/pytest -q -s -m vllm
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

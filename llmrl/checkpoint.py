@@ -124,7 +124,12 @@ def _tied(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _fixed(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """What never learns but belongs to the folder: saved buffers."""
-    return {name: x.detach().cpu() for name, x in model.state_dict().items() if name in dict(model.named_buffers()) and name not in weights}
+    found = {}
+    for place, module in model.named_modules():  # not model.state_dict(): FSDP2 reshards on it, and this is the first rank alone
+        for name, x in module._buffers.items():
+            if x is not None and name not in module._non_persistent_buffers_set:
+                found[f"{place}.{name}" if place else name] = x.detach().cpu()
+    return {name: x for name, x in found.items() if name not in weights}
 
 
 def load(checkpoint: Path, learner: Learner, *, rank: int = 0) -> dict[str, Any]:

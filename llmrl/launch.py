@@ -46,6 +46,7 @@ def servers_of(plan: Plan) -> list[Server]:
         argv = [asked.vllm_python or sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", plan.model]
         argv += ["--host", "127.0.0.1" if asked.nodes == 1 else "0.0.0.0", "--port", str(port), "--dtype", model.dtype]
         argv += ["--weight-transfer-config", '{"backend":"llmrl_file"}', "--logprobs-mode", "processed_logprobs"]
+        argv += [] if plan.devices else ["--no-enable-chunked-prefill"]  # vLLM on CPU dies on a seeded request whose prefill is cut
         limit = _max_model_len(plan)
         argv += ["--max-model-len", str(limit)] if limit else []
         argv += ["--tensor-parallel-size", str(asked.vllm_gpus)] if asked.vllm_gpus > 1 and plan.devices else []

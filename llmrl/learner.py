@@ -19,7 +19,7 @@ from torch import Tensor
 from llmrl.batch import Outputs, TokenBatch, pack, seg_tokens
 from llmrl.models import Policy
 from llmrl.records import Sample
-from llmrl.strategy import BadGradient, PackedLogp, Replicated, Sharded, Strategy
+from llmrl.strategy import BadGradient, PackedLogp, Replicated, Sharded, Strategy, rest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -136,6 +136,7 @@ class Learner:
             logp, _ = self._logp(module, batch, entropy=False)
             for i, values in zip(batch.sample_index, seg_tokens(logp.cpu(), batch), strict=True):
                 todo[i].streams[name] = values.tolist()
+        rest(module)
         policy.model.train(training)
 
     @torch.no_grad()
@@ -144,6 +145,7 @@ class Learner:
         (batch,) = pack([Sample("probe", "probe", [ids[0]], list(ids[1:]), None, self.version)], [torch.zeros(len(ids) - 1)], tokens=len(ids))
         b = batch.to(self.policy.device)
         logp, _ = self.held.module(b.ids_P, b.positions_P, b.plan(self.policy.kernel), b.source_T, b.tokens_T, 1.0, False, False)
+        rest(self.held.module)
         return logp.tolist()
 
     # ------------------------------------------------------------ update

@@ -223,7 +223,8 @@ class Checks(_Section):
     max_logp_gap: Annotated[float, Field(gt=0)] | None = None
     """Alarm limit (nats) for max |logp - behavior_logp| of the first micro-batch; None = 1e-3 in float32, 2 in bfloat16."""
     max_fingerprint_gap: Annotated[float, Field(gt=0)] | None = None
-    """Alarm limit (nats) for a server's log-probs of a fixed text after it got new weights; None = 1e-3 in float32, 0.5 in bfloat16."""
+    """Alarm limit (nats) for a server's log-probs of a fixed text after it got new weights; None = 1e-3 in float32, 2 (and 0.15 on the mean)
+    in bfloat16."""
 
 
 class Recipe(_Section):

@@ -259,6 +259,7 @@ def open_session(loaded: LoadedRecipe, *, sharded: bool = True) -> Session:
     tables = read_tables(loaded, load_tokenizer(r.model, base=loaded.base))
     _trackers_exist(loaded)
     scorer = scorer_of(loaded)
+    engine: Any = None
     try:
         plan = resolve_strategy(loaded) if sharded else None
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(r.run.trackers) or None, project_dir=r.run.dir)
@@ -276,6 +277,8 @@ def open_session(loaded: LoadedRecipe, *, sharded: bool = True) -> Session:
         stream = PromptStream(tables.train, seed=r.seed, rank=accelerator.process_index, world=accelerator.num_processes, shuffle=r.data.shuffle)
     except BaseException:
         scorer.close()
+        if hasattr(engine, "close"):
+            engine.close()
         raise
     return Session(loaded, rule, tables, scorer, accelerator, policy, learner, engine, sampling, stream, credit_state=rule.credit.init())
 

@@ -105,14 +105,17 @@ def publish(session: Session) -> Row:
     chat, prompt = session.policy.chat, session.tables.train[0]
     ids = (chat.prompt_ids(prompt.messages) + chat.completion_ids(prompt.answer or "1"))[:PROBE_TOKENS]
     mine, worst = learner.probe(ids), 0.0
-    limit = session.recipe.checks.max_fingerprint_gap or (0.5 if session.recipe.model.dtype == "bfloat16" else 1e-3)
+    bf16 = session.recipe.model.dtype == "bfloat16"  # SmolLM2 on a right server: mean 0.04, on a single unlikely token up to 0.8 nats
+    limit, mean_limit = session.recipe.checks.max_fingerprint_gap or (2.0 if bf16 else 1e-3), 0.15 if bf16 else 1e-3
     for server, theirs in engine.fingerprint(ids).items():
-        gap, place = max((abs(a - b), k) for k, (a, b) in enumerate(zip(mine, theirs, strict=True)))
+        gaps = [abs(a - b) for a, b in zip(mine, theirs, strict=True)]
+        gap, place = max((g, k) for k, g in enumerate(gaps))
         worst = max(worst, gap)
-        if not gap <= limit:
+        if not (gap <= limit and sum(gaps) / len(gaps) <= max(mean_limit, limit / 10)):
             raise RunFailed(
                 f"after update {learner.version} {server} does not hold the learner's weights: on a fixed text its log-prob of token {place + 2} of "
-                f"{len(ids)} is {theirs[place]:.6g}, the learner's {mine[place]:.6g} (limit {limit:g} nats, checks.max_fingerprint_gap)"
+                f"{len(ids)} is {theirs[place]:.6g}, the learner's {mine[place]:.6g} (limit {limit:g} nats, checks.max_fingerprint_gap; "
+                f"mean of all {sum(gaps) / len(gaps):.3g})"
             )
     return {"logp_gap/fingerprint_nats": worst}
 

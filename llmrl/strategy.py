@@ -236,6 +236,12 @@ class Sharded:
         return {"strategy": self.name, **_bytes(self.params, [p for _, p in self.params], lambda p: p.to_local())}
 
 
+def rest(module: Any) -> None:
+    """After forwards without gradient: FSDP2 keeps its outermost weights gathered until a backward pass, which does not come."""
+    if hasattr(module, "reshard"):
+        module.reshard()
+
+
 def adamw(params: list[Any], optim: Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW(params, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, foreach=True)
 

@@ -1,73 +1,54 @@
 """Rollouts from vLLM servers over HTTP: token ids in, token ids and log-probs out, and the learner's weights sent to them.
 
 Every server is a stock `vllm serve` (tested: 0.32), in an environment of its own: nothing of vLLM is imported here. Requests go to the
-server with the fewest in flight. A server that does not answer is left out until it is back with the right weights; its requests go to
-another one, or wait for it until `deadline_s`, and then the run stops with its name. Nothing is taken from a reply that was not checked:
-lengths, finiteness, the limit on new tokens. Completions carry the version of the weights that made them.
+server with the fewest in flight. Nothing is taken from a reply that was not checked: lengths, finiteness, the limit on new tokens; and
+after every completion the server must still say that it holds the weights of now, so one that was restarted, or that another run wrote
+to, is found out. A server that fails is left out until it answers and holds them; its requests go to another one, or wait for it until
+`deadline_s`, and then the run stops with its name. Completions carry the version of the weights that made them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
-import hashlib
-import math
+import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from llmrl.learner import RunFailed
 from llmrl.models import Policy
 from llmrl.records import Completion, InputError, Request
+from llmrl.vllm_client import WRONG, Server, Trouble
 from llmrl.weights import WeightFiles
 
 T = TypeVar("T")
-_BACKEND = "llmrl_file"
-START = "start it with VLLM_SERVER_DEV_MODE=1 and --weight-transfer-config '{\"backend\": \"llmrl_file\"}', llmrl being installed beside it"
-_RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+log = logging.getLogger(__name__)
+START = (
+    "start it with VLLM_SERVER_DEV_MODE=1, --logprobs-mode processed_logprobs and --weight-transfer-config '{\"backend\": \"llmrl_file\"}' "
+    "(on CPU --no-enable-chunked-prefill too), llmrl being installed beside it"
+)
 
 
 def vllm(
-    *, servers: list[str], folder: str = "/dev/shm/llmrl-weights", in_flight: int = 128, request_s: float = 300.0, deadline_s: float = 600.0,
+    *, servers: list[str], folder: str | None = None, in_flight: int = 128, request_s: float = 300.0, deadline_s: float = 600.0,
 ) -> Callable[[Policy], VLLMEngine]:  # fmt: skip
     """Engine over running vLLM servers.
 
-    servers: their addresses, e.g. ["http://127.0.0.1:8000"]. folder: where weights are handed over; trainer and servers must see it.
-    in_flight: requests at a server at a time. request_s: seconds that one request may take. deadline_s: seconds after which a request that no
-    server could answer, or a server that will not take weights, ends the run.
+    servers: their addresses, e.g. ["http://127.0.0.1:8000"]. folder: where weights are handed over; trainer and servers must see it (default:
+    below /dev/shm, where there is one). in_flight: requests at a server at a time. request_s: seconds that one request may take. deadline_s:
+    seconds without any progress after which the run stops: no completion from any server, or no server that takes weights.
     """
     if not servers or any(not s.startswith(("http://", "https://")) for s in servers):
         raise InputError(f'[engine] vllm: servers = {servers}; expected addresses, e.g. ["http://127.0.0.1:8000"]')
-    if len(set(servers)) < len(servers):
+    if len({s.rstrip("/") for s in servers}) < len(servers):
         raise InputError(f"[engine] vllm: servers names one twice: {servers}")
     if in_flight < 1 or not 0 < request_s <= deadline_s:
         raise InputError(f"[engine] vllm: in_flight = {in_flight}, request_s = {request_s}, deadline_s = {deadline_s}; expected 0 < request_s <= deadline_s")
     return lambda policy: VLLMEngine(policy, servers, WeightFiles(folder), in_flight=in_flight, request_s=request_s, deadline_s=deadline_s)
-
-
-class Trouble(Exception):
-    """A server did not do what it was asked; `lasting`: asking again, or another one, will not help."""
-
-    def __init__(self, text: str, *, lasting: bool = False) -> None:
-        super().__init__(text)
-        self.lasting = lasting
-
-
-@dataclass(eq=False)
-class _Server:
-    url: str
-    model: str = ""
-    max_length: int | None = None
-    busy: int = 0
-    version: int = -1
-    """Of the weights it holds, as far as we know; -1 = not known."""
-    down: str = ""
-    """Why it is not used now."""
-    done: int = 0
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while its weights change."""
 
 
 class VLLMEngine:
@@ -78,26 +59,33 @@ class VLLMEngine:
     """Groups may be asked for one by one, and are answered as they finish."""
 
     def __init__(self, policy: Policy, servers: Sequence[str], files: WeightFiles, *, in_flight: int, request_s: float, deadline_s: float) -> None:
-        self.stop_ids, self.banned_ids, self.text = sorted(policy.stop_ids), policy.banned_ids, policy.chat.text
-        self.tokenizer_size = len(policy.chat.tokenizer)
+        vocabulary: int = policy.model.config.get_text_config().vocab_size
+        self._checks: dict[str, Any] = {
+            "stop_ids": sorted(policy.stop_ids), "banned_ids": policy.banned_ids, "vocabulary": vocabulary, "text": policy.chat.text,
+        }  # fmt: skip
+        self._proof_limit = 1e-3 if policy.model.dtype.itemsize >= 4 else 0.5
         self.files, self.in_flight, self.request_s, self.deadline_s = files, in_flight, request_s, deadline_s
+        self.pause_s = min(1.0, request_s / 10)
+        """Between two looks at a server that is down."""
         self.policy_version = 0
-        self.servers = [_Server(url.rstrip("/")) for url in servers]
+        self.servers: list[Server] = []
+        self._updating, self._broken = False, ""
+        self._proof: tuple[str | None, list[int], list[float]] = None, [], []
+        self._mending: dict[Server, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llmrl-vllm", daemon=True)
         self._thread.start()
         try:
-            self._call(self._open())
+            self._call(self._open(servers))
         except BaseException:
             self.close()
             raise
-        lengths = [s.max_length for s in self.servers if s.max_length]
-        self.max_length = min(lengths) if lengths else None
+        self.max_length = min((s.max_length for s in self.servers if s.max_length), default=None)
 
     # ------------------------------------------------------------ the engine protocol
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion a request, in order. Raises RunFailed naming the server when one could not be had within deadline_s."""
+        """One completion a request, in order. Raises RunFailed naming the servers when one could not be had."""
         return self._call(self._complete(requests))
 
     async def complete(self, requests: Sequence[Request]) -> list[Completion]:
@@ -105,136 +93,230 @@ class VLLMEngine:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._complete(requests), self._loop))
 
     def load_weights(self, version: int, weights: Callable[[], Any] | None) -> None:
-        """Writes the learner's weights to the shared folder, one layer at a time, and has every server read each while the next is gathered.
+        """Writes the learner's weights to the shared folder, one layer at a time; servers read a layer while the next is gathered.
 
-        Collective: every rank goes through `weights`; the first one writes and talks to the servers.
+        Collective: every rank goes through `weights`, whatever happens to the servers; the first one writes and talks to them. Waits for the
+        completions that are being made. Raises RunFailed, on every rank, when no server holds the new weights by deadline_s.
         """
         assert weights is not None, "servers do not share the learner's memory"
-        if self.files.writes:
-            self._call(self._begin_update())
-            for path in self.files.write(version, weights()):
-                self._call(self._each(lambda s, path=path: self._post(s, "/update_weights", {"update_info": {"path": str(path)}})))
-            self._call(self._finish_update(version))
-            self.files.forget_before(version)
-        else:
-            for _ in weights():
-                pass
-        self.files.wait_for_ranks()
-        self.policy_version = version
-        for server in self.servers:
-            server.version = version
+        self._updating, self._broken = True, "an update of the weights broke off: nobody knows what the servers hold"
+        try:
+            error = self._failure(self._quiet())
+            self.files.meet()  # no rank generates or mends from here on
+            self.files.forget()
+            stream = iter(weights())
+            if self.files.writes and error is None:
+                error = self._hand_over(version, stream)
+            collections.deque(stream, maxlen=0)
+            ok = self.files.meet(error is None)
+            if ok:
+                self.files.whole(version)
+                self.policy_version, self._broken = version, ""
+        finally:
+            self._updating = False
+            self._call(self._go_on())
+        if ok and self.files.writes:
+            error = self._failure(self._one_is_up())
+        if not ok or not self.files.meet(error is None):
+            raise error or RunFailed("vLLM: another rank could not hand over the weights; it says why")
 
     def fingerprint(self, ids: Sequence[int]) -> dict[str, list[float]]:
-        """Server address -> log-probs (nats, temperature 1, no token banned) of ids[1:] given what stands before each."""
-        return dict(zip([s.url for s in self.servers if not s.down], self._call(self._fingerprints(list(ids))), strict=True))
+        """Server address -> log-probs (nats, temperature 1, no token banned) of ids[1:] given what stands before each; of all servers in use.
+
+        The answer of the first is kept: a server that gets these weights later must give it too before it is used.
+        """
+        return self._call(self._fingerprints(list(ids)))
 
     def close(self) -> None:
-        """Ends the connections and the thread; the servers go on."""
+        """Ends requests, connections and the thread, and deletes the weight files; the servers go on."""
         if self._thread.is_alive():
             with contextlib.suppress(Exception):
-                asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(5)
+                asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result(10)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(5)
+            if not self._thread.is_alive():
+                self._loop.close()
+        self.files.close()
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C: nobody waits for it any more
+            raise
 
-    # ------------------------------------------------------------ start and weights
+    def _failure(self, work: Coroutine[Any, Any, None]) -> RunFailed | None:
+        try:
+            self._call(work)
+        except RunFailed as error:
+            return error
 
-    async def _open(self) -> None:
+    # ------------------------------------------------------------ start and end
+
+    async def _open(self, urls: Sequence[str]) -> None:
         import httpx2
 
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        self._http = httpx2.AsyncClient(timeout=httpx2.Timeout(self.request_s, connect=10.0), limits=limits, trust_env=False)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._free = asyncio.Condition()
+        # a server closes idle connections after 5 s (uvicorn): they are left before, or a request may meet the closing
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
+        self._http = httpx2.AsyncClient(timeout=httpx2.Timeout(self.request_s, connect=min(10.0, self.request_s)), limits=limits, trust_env=False)
+        self._free, self._progress = asyncio.Condition(), time.monotonic()
+        self.servers = [Server(url, self._http, self.request_s) for url in urls]
         for server in self.servers:
             try:
-                await self._look(server)
-                await self._post(server, "/init_weight_transfer_engine", {"init_info": {}})
+                await server.meet()
+                server.first = await server.label()
+                await server.prepare()
             except Trouble as trouble:
                 raise InputError(f"[engine] vllm: {trouble}; {START}") from None
-        named = {s.model for s in self.servers}
         if len({s.max_length for s in self.servers}) > 1:
-            raise InputError(f"[engine] vllm: the servers differ in max_model_len: {[(s.url, s.max_length) for s in self.servers]} ({named})")
-
-    async def _look(self, server: _Server) -> None:
-        """What model it serves."""
-        models = (await self._get(server, "/v1/models"))["data"]
-        server.model, server.max_length = models[0]["id"], models[0].get("max_model_len")
+            raise InputError(f"[engine] vllm: the servers differ in max_model_len: {[(s.url, s.max_length) for s in self.servers]}")
 
     async def _shut(self) -> None:
-        for task in self._tasks:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
             task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
         await self._http.aclose()
 
-    async def _each(self, ask: Callable[[_Server], Coroutine[Any, Any, Any]]) -> list[Any]:
-        """`ask` of every server that is up; one that fails is down from then on, and gets the weights when it is back."""
+    # ------------------------------------------------------------ weights
+
+    async def _quiet(self) -> None:
+        """Ends the mending of servers and waits for the requests in flight."""
+        mending = list(self._mending.values())
+        for task in mending:
+            task.cancel()
+        await asyncio.gather(*mending, return_exceptions=True)
+        end = time.monotonic() + self.deadline_s
+        while any(s.busy for s in self.servers):
+            if time.monotonic() > end:
+                raise RunFailed(f"vLLM: requests in flight did not end within deadline_s = {self.deadline_s:g} s; {self._states()}")
+            await self._wait(0.1)
+
+    def _hand_over(self, version: int, stream: Iterable[tuple[str, Any]]) -> RunFailed | None:
+        """All files written, and read by the servers that are up; what went wrong, if it did."""
+
+        def send(ask: Callable[[Server], Coroutine[Any, Any, Any]]) -> Any:
+            return asyncio.run_coroutine_threadsafe(self._each(ask), self._loop)
+
+        sent = send(Server.begin_update)
+        try:
+            for path in self.files.write(version, stream):
+                sent.result()
+                sent = send(partial(Server.update, path=path))
+            sent.result()
+            self.files.whole(version)
+            assert self.files.label is not None
+            self._call(self._each(partial(Server.finish_update, label=self.files.label)))
+        except RunFailed as error:
+            sent.cancel()
+            return error
+        return None
+
+    async def _each(self, ask: Callable[[Server], Coroutine[Any, Any, T]]) -> dict[Server, T]:
+        """`ask` of every server that is up; one that fails is down from then on."""
         up = [s for s in self.servers if not s.down]
-        found = await asyncio.gather(*(ask(s) for s in up), return_exceptions=True)
-        for server, answer in zip(up, found, strict=True):
-            if isinstance(answer, Trouble) and not answer.lasting and len(self.servers) > 1:
+        told: dict[Server, T] = {}
+        for server, answer in zip(up, await asyncio.gather(*(ask(s) for s in up), return_exceptions=True), strict=True):
+            if isinstance(answer, Trouble) and answer.tries > 1:
                 self._drop(server, str(answer))
             elif isinstance(answer, BaseException):
                 raise RunFailed(f"vLLM: {answer}") if isinstance(answer, Trouble) else answer
-        if not any(not s.down for s in self.servers):
-            raise RunFailed("vLLM: no server is left: " + "; ".join(f"{s.url}: {s.down}" for s in self.servers))
-        return [a for a in found if not isinstance(a, BaseException)]
+            else:
+                told[server] = answer
+        return told
 
-    async def _begin_update(self) -> None:
-        for server in self.servers:
-            if not server.down:
-                await server.lock.acquire()
-        await self._each(lambda s: self._post(s, "/start_weight_update", {}))
+    async def _fingerprints(self, ids: list[int]) -> dict[str, list[float]]:
+        async def ask(server: Server) -> list[float]:
+            await server.holds(self._wanted(server))
+            return await server.logprobs(ids)
 
-    async def _finish_update(self, version: int) -> None:
-        async def finish(server: _Server) -> None:
-            await self._post(server, "/finish_weight_update", {"weight_version": str(version)})
-            await self._post(server, "/reset_prefix_cache", None)
+        told: dict[Server, list[float]] = {}
+        while not told or any(not s.down and s not in told for s in self.servers):  # one may have come back meanwhile
+            await self._one_is_up()
+            told = await self._each(ask)
+        self._proof = self.files.label, ids, next(iter(told.values()))
+        return {server.url: values for server, values in told.items()}
 
-        await self._each(finish)
-        for server in self.servers:
-            if server.lock.locked():
-                server.lock.release()
+    # ------------------------------------------------------------ servers that were down
 
-    async def _again(self, server: _Server) -> None:
-        """A server that was down: waits for it, sends it the weights of now (a restarted one holds the first ones), uses it again."""
-        while True:
-            await asyncio.sleep(1.0)
-            with contextlib.suppress(Trouble):
-                await self._look(server)
-                async with server.lock:
-                    with contextlib.suppress(Trouble):  # it may have been initialised before
-                        await self._post(server, "/init_weight_transfer_engine", {"init_info": {}})
-                    version = self.files.version
-                    if version is not None:
-                        await self._post(server, "/start_weight_update", {})
-                        for path in self.files.paths():
-                            await self._post(server, "/update_weights", {"update_info": {"path": str(path)}})
-                        await self._post(server, "/finish_weight_update", {"weight_version": str(version)})
-                        await self._post(server, "/reset_prefix_cache", None)
-                server.down, server.busy = "", 0
-                async with self._free:
-                    self._free.notify_all()
-                return
+    def _wanted(self, server: Server) -> str:
+        return self.files.label or server.first
 
-    def _drop(self, server: _Server, why: str) -> None:
+    def _drop(self, server: Server, why: str) -> None:
         if not server.down:
             server.down = why
-            task = self._loop.create_task(self._again(server))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            log.warning("vLLM: left out until it is well again: %s", why)
+            self._mend(server)
 
-    async def _fingerprints(self, ids: list[int]) -> list[list[float]]:
-        async def ask(server: _Server) -> list[float]:
-            body = {"model": server.model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0, "return_token_ids": True}
-            choice = _choice(server, await self._post(server, "/v1/completions", body))
-            rows = choice.get("prompt_logprobs") or []
-            if len(rows) != len(ids):
-                raise Trouble(f"{server.url} told {len(rows)} log-probs of a probe of {len(ids)} tokens", lasting=True)
-            return [float(row[str(token)]["logprob"]) for row, token in zip(rows[1:], ids[1:], strict=True)]
+    def _mend(self, server: Server) -> None:
+        if not self._updating and server not in self._mending:
+            self._mending[server] = self._loop.create_task(self._again(server))
+            self._mending[server].add_done_callback(lambda _: self._mending.pop(server, None))
 
-        return await self._each(ask)
+    async def _go_on(self) -> None:
+        self._progress = time.monotonic()
+        for server in self.servers:
+            server.lost = False
+            if server.down:
+                self._mend(server)
+        async with self._free:
+            self._free.notify_all()
+
+    async def _again(self, server: Server) -> None:
+        """A server that was down: waits for it, sends it the weights of now where it has others (a restarted one holds the first ones)."""
+        refused = 0
+        while refused < WRONG:
+            await asyncio.sleep(self.pause_s)
+            weights = False
+            try:
+                await server.meet()
+                if (found := await server.label()) != self._wanted(server):
+                    if found not in ("default", server.first) and not found.startswith(self.files.run):
+                        refused = WRONG
+                        raise Trouble(f"{server.url} holds weights {found!r}: another run uses it")
+                    with self.files.turn(server.url) as mine:
+                        weights = mine
+                        if mine:
+                            await self._send_all(server)
+                if await server.label() == self._wanted(server):  # else another rank is sending
+                    await server.resume()
+                    weights = True
+                    await self._prove(server)
+                    log.warning("vLLM: %s is used again", server.url)
+                    server.down = ""
+                    break
+            except (Trouble, OSError) as trouble:
+                server.down = f"{server.url}: {trouble}" if isinstance(trouble, OSError) else str(trouble)
+                refused += weights and getattr(trouble, "answered", True)
+        server.lost = bool(server.down)
+        async with self._free:
+            self._free.notify_all()
+
+    async def _send_all(self, server: Server) -> None:
+        if self.files.label is None:
+            raise Trouble(f"{server.url} holds other weights than it did when this run began")
+        server.sent += 1
+        await server.prepare()
+        await server.begin_update()
+        for path in self.files.paths():
+            await server.update(path)
+        await server.finish_update(self.files.label)
+
+    async def _prove(self, server: Server) -> None:
+        """Its log-probs of the text of the last fingerprint are those that were found good."""
+        label, ids, known = self._proof
+        if label == self.files.label and ids:
+            gap = max((abs(a - b) for a, b in zip(known, await server.logprobs(ids), strict=True)), default=0.0)
+            if not gap <= self._proof_limit:
+                raise Trouble(f"{server.url} got the weights again, and its log-probs of a fixed text are off by {gap:.4g} nats")
+
+    async def _one_is_up(self) -> None:
+        end = time.monotonic() + self.deadline_s
+        while all(s.down for s in self.servers):
+            if time.monotonic() > end or all(s.lost for s in self.servers):
+                raise RunFailed(f"vLLM: no server holds the weights of version {self.policy_version}; {self._states()}")
+            await self._wait(0.2)
 
     # ------------------------------------------------------------ completions
 
@@ -253,102 +335,54 @@ class VLLMEngine:
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _one(self, request: Request) -> Completion:
-        end, last = time.monotonic() + self.deadline_s, "no server was free"
+        begun, last, failures = time.monotonic(), "no server was free", collections.Counter[int]()
         while True:
-            server = await self._server(end, last)
+            server = await self._server(begun, last)
+            sent = server.sent
             try:
-                return await self._ask(server, request)
+                done = await server.complete(request, self.policy_version, **self._checks)
+                await server.holds(self._wanted(server))
+                if server.sent == sent:
+                    self._progress = time.monotonic()
+                    return done
+                last = f"{server.url} got weights again while it answered"
             except Trouble as trouble:
-                if trouble.lasting:
-                    raise RunFailed(f"vLLM: {trouble}") from None
                 last = str(trouble)
+                failures[trouble.tries] += 1
+                if failures[trouble.tries] >= trouble.tries:
+                    raise RunFailed(f"vLLM: {last}" + (f" (failure {trouble.tries} of one request)" if trouble.tries > 1 else "")) from None
                 self._drop(server, last)
             finally:
                 server.busy -= 1
                 async with self._free:
                     self._free.notify()
 
-    async def _server(self, end: float, last: str) -> _Server:
-        """The least busy server that is up and has room; waits for one until `end`."""
+    async def _server(self, begun: float, last: str) -> Server:
+        """The least busy server that is up and has room. Waits for one while others make progress, and then until deadline_s."""
         while True:
-            free = [s for s in self.servers if not s.down and s.busy < self.in_flight and not s.lock.locked()]
-            if free:
-                server = min(free, key=lambda s: (s.busy, s.done))
-                server.busy += 1
-                server.done += 1
-                return server
-            left = end - time.monotonic()
-            if left <= 0:
-                states = "; ".join(f"{s.url}: {s.down or 'busy'}" for s in self.servers)
-                raise RunFailed(f"vLLM: no completion within deadline_s = {self.deadline_s:g} s; the last failure: {last}; servers: {states}")
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(left, 1.0)), self._free:
-                    await self._free.wait()
+            if not self._updating:
+                if self._broken:
+                    raise RunFailed(f"vLLM: {self._broken}")
+                free = [s for s in self.servers if not s.down and s.busy < self.in_flight]
+                if free:
+                    server = min(free, key=lambda s: (s.busy, s.done))
+                    server.busy += 1
+                    server.done += 1
+                    return server
+                late = max(begun, self._progress) + self.deadline_s < time.monotonic()
+                if late or all(s.lost for s in self.servers):
+                    why = f"no completion within deadline_s = {self.deadline_s:g} s" if late else "no server can be used"
+                    raise RunFailed(f"vLLM: {why}; the last failure: {last}; {self._states()}")
+            await self._wait(min(1.0, self.deadline_s / 10))
 
-    async def _ask(self, server: _Server, request: Request) -> Completion:
-        how, version = request.sampling, self.policy_version
-        body: dict[str, Any] = {
-            "model": server.model, "prompt": list(request.context_ids), "max_tokens": how.max_new_tokens, "temperature": how.temperature,
-            "top_p": how.top_p, "top_k": how.top_k or -1, "min_p": how.min_p, "seed": _seed(request), "logprobs": 0, "return_token_ids": True,
-            "stop_token_ids": self.stop_ids, "logit_bias": {str(i): -100.0 for i in self.banned_ids},
-        }  # fmt: skip
-        if how.stop:
-            body |= {"stop": list(how.stop), "include_stop_str_in_output": True}
-        choice = _choice(server, await self._post(server, "/v1/completions", body))
-        ids, told, finish = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs"), choice.get("finish_reason")
-        if choice.get("prompt_token_ids") not in (None, list(request.context_ids)):
-            raise Trouble(f"{server.url} answered for another prompt than the one it was given", lasting=True)
-        if not isinstance(ids, list) or not isinstance(told, list) or len(ids) != len(told) or not ids:
-            n = len(ids) if isinstance(ids, list) else None, len(told) if isinstance(told, list) else None
-            raise Trouble(f"{server.url} answered {n[0]} token ids and {n[1]} log-probs")
-        if len(ids) > how.max_new_tokens or finish not in ("stop", "length"):
-            raise Trouble(f"{server.url} answered {len(ids)} tokens of at most {how.max_new_tokens}, finish_reason {finish!r}")
-        if not all(isinstance(x, int | float) and math.isfinite(x) and x <= 1e-3 for x in told) or not all(type(i) is int and i >= 0 for i in ids):
-            raise Trouble(f"{server.url} answered a log-prob or a token id that is none: {[x for x in told if not math.isfinite(x)][:3]}")
-        logps = [0.0] * len(ids) if how.temperature == 0 else [min(0.0, float(x)) for x in told]
-        return Completion(ids, logps, finish, version, self.text(ids))
+    async def _wait(self, seconds: float) -> None:
+        """Until something became free, or for that long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds), self._free:
+                await self._free.wait()
 
-    # ------------------------------------------------------------ HTTP
-
-    async def _post(self, server: _Server, path: str, body: dict[str, Any] | None) -> Any:
-        return await self._http_call(server, "POST", path, body)
-
-    async def _get(self, server: _Server, path: str) -> Any:
-        return await self._http_call(server, "GET", path, None)
-
-    async def _http_call(self, server: _Server, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """The JSON answer, or {} where the body is empty. Trouble: no answer within request_s, not 2xx (with its body), no JSON."""
-        import httpx2
-
-        try:
-            async with asyncio.timeout(self.request_s):
-                response = await self._http.request(method, server.url + path, json=body)
-        except TimeoutError:
-            raise Trouble(f"{server.url}{path}: no answer within request_s = {self.request_s:g} s") from None
-        except httpx2.RequestError as error:
-            raise Trouble(f"{server.url}{path}: {type(error).__name__} {error}".rstrip()) from None
-        if not response.is_success:
-            text = " ".join(response.text.split())[:600]
-            raise Trouble(f"{server.url}{path}: HTTP {response.status_code}: {text}", lasting=response.status_code not in _RETRIED)
-        if not response.content:
-            return {}
-        try:
-            return response.json()
-        except ValueError:
-            raise Trouble(f"{server.url}{path}: an answer that is no JSON: {response.text[:200]!r}") from None
-
-
-def _choice(server: _Server, answer: Any) -> dict[str, Any]:
-    try:
-        (choice,) = answer["choices"]
-        return dict(choice)
-    except (LookupError, TypeError, ValueError):
-        raise Trouble(f"{server.url}: an answer that is no completion: {str(answer)[:300]}") from None
-
-
-def _seed(request: Request) -> int:
-    """63 bits of a hash of the request's seed: the same request draws the same tokens on any server."""
-    text = "\x1f".join(f"{type(k).__name__}:{k}" for k in request.seed)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    def _states(self) -> str:
+        return "servers: " + "; ".join(s.down or f"{s.url}: in use" for s in self.servers)

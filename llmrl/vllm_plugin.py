@@ -43,13 +43,21 @@ def _engine() -> Any:
         init_info_cls = Init
         update_info_cls = Update
         repair = True
+        begun = False
+        """An update was begun and not finished."""
 
         def init_transfer_engine(self, init_info: Init) -> None:
             self.repair = init_info.repair
 
         def start_weight_update(self) -> None:
-            from vllm.model_executor.model_loader.reload import initialize_layerwise_reload  # type: ignore[import-not-found]
+            from vllm.model_executor.model_loader.reload import (  # type: ignore[import-not-found]
+                finalize_layerwise_reload,
+                initialize_layerwise_reload,
+            )
 
+            if self.begun:  # it broke off: what was loaded of it would count towards this one, and layers be taken for whole that are not
+                finalize_layerwise_reload(self.model, self.model_config)
+            self.begun = True
             initialize_layerwise_reload(self.model)
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -65,6 +73,7 @@ def _engine() -> Any:
             from vllm.model_executor.model_loader.reload import finalize_layerwise_reload  # type: ignore[import-not-found]
 
             finalize_layerwise_reload(self.model, self.model_config)
+            self.begun = False
             head: Any = getattr(self.model, "lm_head", None)
             tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
             if self.repair and tied and self.device.type == "cpu" and hasattr(head, "quant_method"):
