@@ -159,7 +159,7 @@ class Learner:
         try:
             norm = self.held.update(lr)
         except BadGradient as bad:
-            raise RunFailed(f"update {self.version}: the gradient is not finite in {bad}; no weight was changed") from None
+            raise RunFailed(f"update {self.version}: the gradient is not finite {bad}") from None
         self.version += 1
         return norm
 

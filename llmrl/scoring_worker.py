@@ -113,7 +113,7 @@ class _Server:
 
     def _call(self, packed: bytes) -> Any:
         try:
-            prompt, response = pickle.loads(packed)  # written by the trainer alone, over a socket pair that only it holds
+            prompt, response = _unpack(packed)
             return self.verify(prompt, response)
         except BaseException as error:  # SystemExit, MemoryError and RecursionError are a verifier's failure too
             return Verdict(None, "error", detail=describe(error))
@@ -174,10 +174,10 @@ def _limit_memory(memory_mb: int) -> None:
 
 
 def _read_frame(source: Any) -> Any:
-    """The next pickled object, length first; None at the end of the stream. Only the trainer writes here: its own prompts; answers are JSON."""
+    """The next object, length first; None at the end of the stream."""
     size = _read_exactly(source, 8)
     body = _read_exactly(source, int.from_bytes(size, "big")) if size else None
-    return pickle.loads(body) if body else None
+    return _unpack(body) if body else None
 
 
 def _read_exactly(source: Any, size: int) -> bytes | None:
@@ -193,9 +193,14 @@ def _read_exactly(source: Any, size: int) -> bytes | None:
 async def _read_frame_async(reader: asyncio.StreamReader) -> Any:
     try:
         size = await reader.readexactly(8)
-        return pickle.loads(await reader.readexactly(int.from_bytes(size, "big")))
+        return _unpack(await reader.readexactly(int.from_bytes(size, "big")))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
+
+
+def _unpack(body: bytes) -> Any:
+    """Rows hold whatever their columns hold, which JSON would change; so they travel as pickles, from the trainer to its own child only."""
+    return pickle.loads(body)  # the trainer alone writes on this socket pair, and what comes back to it is JSON
 
 
 def frame(content: Any) -> bytes:

@@ -86,7 +86,7 @@ class Strategy(Protocol):
 
 
 class BadGradient(Exception):
-    """The gradient is not finite; no weight was changed. Its text names tensors."""
+    """The gradient is not finite. Its text says where, and what became of the weights."""
 
 
 class Replicated:
@@ -253,7 +253,8 @@ def clip(params: Params, holders: list[Any], limit: float) -> float:
     value = float(whole(norm))
     if not abs(value) < float("inf"):
         bad = [name for (name, _), m in zip(params, holders, strict=True) if m.grad is not None and not local(m.grad).isfinite().all()]
-        raise BadGradient(f"{len(bad)} tensors, first {bad[0]}" if bad else "no tensor of this rank")
+        where = f"in {len(bad)} tensors, first {bad[0]}" if bad else "on another rank"
+        raise BadGradient(f"{where}; no weight was changed")
     if limit:
         torch.nn.utils.clip_grads_with_norm_(holders, limit, norm)
     return value

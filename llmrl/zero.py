@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmrl.models import Policy, trainable
 from llmrl.records import InputError
-from llmrl.strategy import PackedLogp, refuse_unsharded
+from llmrl.strategy import BadGradient, PackedLogp, refuse_unsharded
 
 if TYPE_CHECKING:
     from llmrl.recipe import Optim
@@ -83,7 +83,7 @@ class Zero:
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         if not abs(norm) < float("inf"):
-            raise RuntimeError("the gradient is not finite; DeepSpeed had stepped when it said so: go on from the last checkpoint with --resume")
+            raise BadGradient("under DeepSpeed, which had stepped when it said so: go on from the last checkpoint with --resume")
         return norm
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

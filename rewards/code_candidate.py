@@ -78,7 +78,7 @@ def _module(name: str) -> dict[str, Any]:
 
 def _run_main(job: dict[str, Any]) -> int | None:
     try:
-        exec(_compiled(job), _module("__main__"))
+        exec(_compiled(job), _module("__main__"))  # in the sandbox: running it is what this process is for
     except SystemExit:
         raise
     except BaseException as error:
@@ -109,9 +109,9 @@ def _serve(job: dict[str, Any], peer: int) -> None:
         scope = _module("program")
         if job["prefix"]:
             _try(job["prefix"], scope)
-        exec(_compiled(job), scope)
+        exec(_compiled(job), scope)  # in the sandbox: running it is what this process is for
         for source in job["setup"]:
-            exec(compile(source, "<setup>", "exec", dont_inherit=True), scope)
+            exec(compile(source, "<setup>", "exec", dont_inherit=True), scope)  # in the sandbox: running it is what this process is for
         send(peer, {"id": 0, "ok": None})
     except BaseException as error:  # SystemExit too: a program that exits while it is loaded has no functions to call
         send(peer, {"id": 0, "err": [type(error).__name__, text_of(error)]})
@@ -127,7 +127,7 @@ def _serve(job: dict[str, Any], peer: int) -> None:
 
 def _try(source: str, scope: dict[str, Any]) -> None:
     try:
-        exec(compile(source, "<prompt>", "exec", dont_inherit=True), scope)
+        exec(compile(source, "<prompt>", "exec", dont_inherit=True), scope)  # in the sandbox: running it is what this process is for
     except Exception:  # what the prompt gives is a help only: the response's program may stand alone
         return
 

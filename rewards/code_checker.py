@@ -222,7 +222,7 @@ def _define(job: dict[str, Any], scope: dict[str, Any]) -> None:
     """Runs the row's own code that comes before any call of the program."""
     for part in job["define"]:
         try:
-            exec(compile(part["code"], "<tests>", "exec", dont_inherit=True), scope)
+            exec(compile(part["code"], "<tests>", "exec", dont_inherit=True), scope)  # in the sandbox: running it is what this process is for
         except BaseException:
             if part["needed"]:
                 raise
@@ -275,7 +275,7 @@ def _loaded(tree: Any, scope: dict[str, Any]) -> tuple[list[str], list[str]]:
 def _one(test: dict[str, Any], code: types.CodeType | None, scope: dict[str, Any], remote: _Remote) -> bool:
     if code is not None:
         scope |= {name: remote.get(name) for name in test["names"]}
-        exec(code, scope)
+        exec(code, scope)  # in the sandbox: running it is what this process is for
         return True
     kwargs = {k: decode(v, lambda _: None) for k, v in test["kwargs"].items()}
     args, wanted = (decode(test[key], lambda _: None) for key in ("args", "returns"))

@@ -58,7 +58,7 @@ def boot(setup: dict[str, Any], modules: list[tuple[str, types.CodeType]]) -> No
             _confine(setup)
             for name, code in modules:
                 sys.modules[name] = types.ModuleType(name)
-                exec(code, vars(sys.modules[name]))
+                exec(code, vars(sys.modules[name]))  # in the sandbox: running it is what this process is for
             main = vars(sys.modules[modules[-1][0]])["main"]
             _tell(control, f"up {int(setup['kind'] != 'unsafe_local' and _seccomp())}")
             os.close(control)  # the program must not speak for this process

@@ -374,7 +374,6 @@ def test_the_same_program_gets_the_same_verdict(verify):
 
 
 def test_packages_are_seen_only_where_asked_for(verify):
-    pytest.importorskip("numpy")
     program = "import numpy as np\ndef f(x): return np.sum(np.array(x))"
     hidden = judged(verify, asserts("assert f([1, 2]) == 3"), program)
     assert hidden.score == 0.0 and "No module named 'numpy'" in hidden.detail
