@@ -1,7 +1,8 @@
 """Packing samples into micro-batches by token budget, and reducing loss terms with denominators known before backward.
 
-A micro-batch holds contexts once and completions behind them, flat over P input tokens; nothing is padded. Losses see only T completion
-tokens: `source_T` says which input token's hidden state predicts each of them. Which tokens count is a matter of position, never of id.
+A micro-batch holds contexts once, beginnings that they share once too, and completions behind them, flat over P input tokens; nothing
+is padded. Losses see only T completion tokens: `source_T` says which input token's hidden state predicts each of them. Which tokens
+count is a matter of position, never of id.
 """
 
 from __future__ import annotations
@@ -97,29 +98,55 @@ def pack(samples: Sequence[Sample], adv: Sequence[Tensor], *, tokens: int, group
         else:
             units.append([i])
     batches: list[list[int]] = []
-    room, contexts = 0, set()
+    room, contexts = 0, Contexts()
     for unit in units:
-        cost, new = _cost([samples[i] for i in unit], contexts)
+        cost = _cost([samples[i] for i in unit], contexts)
         if not batches or cost > room:
             batches.append([])
-            room, contexts = tokens, set()
-            cost, new = _cost([samples[i] for i in unit], contexts)
+            room, contexts = tokens, Contexts()
+            cost = _cost([samples[i] for i in unit], contexts)
         batches[-1] += unit
         room -= cost
-        contexts |= new
     return [_lay_out(samples, adv, group_of, chosen) for chosen in batches]
 
 
-def _cost(unit: list[Sample], contexts: set[tuple[int, ...]]) -> tuple[int, set[tuple[int, ...]]]:
-    """Input tokens that a unit adds to a micro-batch that already holds `contexts`, and the contexts it brings."""
-    new = {tuple(s.context_ids) for s in unit} - contexts
-    return sum(len(s.token_ids) - 1 for s in unit) + sum(map(len, new)), new
+class Contexts:
+    """Contexts laid flat, a beginning that several share stored once."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self._next: dict[tuple[int, int], int] = {}  # (place of a token or -1, the token behind it) -> its place
+        self._whole: dict[tuple[int, ...], list[int]] = {}
+
+    def add(self, context: Sequence[int]) -> list[int]:
+        """The places of the context's tokens; those that are not there yet are put behind the others."""
+        key = tuple(context)
+        if key not in self._whole:
+            places, at = [], -1
+            for position, token in enumerate(key):
+                step = (at, token)
+                at = self._next.setdefault(step, len(self.ids))
+                if at == len(self.ids):
+                    self.ids.append(token)
+                    self.positions.append(position)
+                places.append(at)
+            self._whole[key] = places
+        return self._whole[key]
+
+
+def _cost(unit: list[Sample], contexts: Contexts) -> int:
+    """Input tokens that a unit adds to a micro-batch with these contexts; its own are added to them."""
+    before = len(contexts.ids)
+    for s in unit:
+        contexts.add(s.context_ids)
+    return sum(len(s.token_ids) - 1 for s in unit) + len(contexts.ids) - before
 
 
 def _lay_out(samples: Sequence[Sample], adv: Sequence[Tensor], group_of: Sequence[int], chosen: list[int]) -> TokenBatch:
-    ids: list[int] = []
-    positions: list[int] = []
-    start: dict[tuple[int, ...], int] = {}  # context -> where it begins in P
+    contexts = Contexts()
+    places = [contexts.add(samples[i].context_ids) for i in chosen]  # all contexts first, then the completions
+    ids, positions = contexts.ids, contexts.positions
     rows: list[list[int]] = []
     pick: dict[int, tuple[int, int]] = {}  # input token -> (row, place) that yields its output
     source: list[int] = []
@@ -127,19 +154,15 @@ def _lay_out(samples: Sequence[Sample], adv: Sequence[Tensor], group_of: Sequenc
         s = samples[i]
         if not s.context_ids:
             raise ValueError(f"sample {s.id}: an empty context; the first token of a completion needs something to be predicted from")
-        key = tuple(s.context_ids)
-        if key not in start:
-            start[key] = len(ids)
-            ids += s.context_ids
-            positions += range(len(key))
+        before = len(s.context_ids)
         own = range(len(ids), len(ids) + len(s.token_ids) - 1)
         ids += s.token_ids[:-1]
-        positions += range(len(key), len(key) + len(own))
-        row = [*range(start[key], start[key] + len(key)), *own]
+        positions += range(before, before + len(own))
+        row = [*places[r], *own]
         for place, token in enumerate(row):
             pick.setdefault(token, (r, place))
         rows.append(row)
-        source += [row[len(key) - 1], *own]
+        source += [row[before - 1], *own]
     length = max(map(len, rows))
     some = [samples[i] for i in chosen]
     names = sorted({n for s in some for n in s.weights})
@@ -170,11 +193,13 @@ def _lay_out(samples: Sequence[Sample], adv: Sequence[Tensor], group_of: Sequenc
 
 
 def global_denominators(
-    samples: Sequence[Sample], terms: Sequence[Term], *, max_new_tokens: int, all_sum: Callable[[Tensor], Tensor] = lambda x: x
-) -> list[float]:
+    samples: Sequence[Sample], terms: Sequence[Term], *, max_new_tokens: int, groups: int | None = None,
+    all_sum: Callable[[Tensor], Tensor] = lambda x: x,
+) -> list[float]:  # fmt: skip
     """The denominator of each term over all samples of an update, all ranks: sums of weights, known before any forward.
 
-    A denominator of 0 (nothing feeds the term) becomes 1, so that the term is 0 and not NaN.
+    groups: how many this rank has (default: the prompts of `samples`). A denominator of 0 (nothing feeds the term) becomes 1, so that
+    the term is 0 and not NaN.
     """
     local = []
     for term in terms:
@@ -182,7 +207,9 @@ def global_denominators(
         if term.over == "token":
             local.append(sum(a * n for a, n in w))
         else:
-            local.append(sum(a for a, _ in w) * ((term.budget or max_new_tokens) if term.over == "fixed" else 1))
+            n_groups = len({s.prompt_id for s in samples}) if groups is None else groups
+            count = {"weights": sum(a for a, _ in w), "samples": sum(a > 0 for a, _ in w), "groups": n_groups}[term.count]
+            local.append(count * ((term.budget or max_new_tokens) if term.over == "fixed" else 1))
     total = all_sum(torch.tensor(local, dtype=torch.float64)).tolist()
     return [d if d > 0 else 1.0 for d in total]
 
@@ -216,11 +243,14 @@ def _where_weighted(out: Outputs, w: Tensor) -> Outputs:
 
 
 def token_metrics(batch: TokenBatch, out: Outputs, terms: Sequence[Term]) -> dict[str, float]:
-    """Sums over this micro-batch's policy tokens, to be added up and divided by "n" (except the maxima)."""
-    if "policy" not in batch.weight:
+    """Sums over the tokens that policy-gradient terms train (weight "policy" where a rule has none), to be added up and divided by "n"
+    (except the maxima)."""
+    names = {t.weight for t in terms if getattr(t.fn, "scales_with_advantage", False)} or {"policy"}
+    weights = [batch.weight[name] for name in sorted(names) if name in batch.weight]
+    if not weights:
         return {}
     with torch.no_grad():
-        on = batch.weight["policy"] > 0
+        on = torch.stack(weights).gt(0).any(0)
         over = (out.logp_T - batch.behavior_logp_T)[on & ~batch.behavior_logp_T.isnan()]  # a NaN of logp stays: it is an alarm
         gap = over.abs()
         d = (out.logp_T - out.old_logp_T)[on]

@@ -52,11 +52,17 @@ def draw(logits_NV: Tensor, how: Sampling, u_N: Tensor) -> tuple[Tensor, Tensor]
 
 
 class TableEngine:
-    """Answers from a script: `reply(request) -> text` (or token ids). Every token gets log-prob `logp`."""
+    """Answers from a script: `reply(request) -> text` (or token ids). Every token gets log-prob `logp`; scores: `judge(context, ids)`, too."""
 
-    def __init__(self, chat: Chat, reply: Callable[[Request], str | list[int]], *, logp: float = -0.5):
-        self.chat, self.reply, self.logp = chat, reply, logp
+    def __init__(
+        self, chat: Chat, reply: Callable[[Request], str | list[int]], *, logp: float = -0.5,
+        judge: Callable[[Sequence[int], Sequence[int]], list[float]] | None = None,
+    ) -> None:  # fmt: skip
+        self.chat, self.reply, self.logp, self.judge = chat, reply, logp, judge
         self.policy_version = 0
+
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        return [self.judge(context, ids) if self.judge else [self.logp] * len(ids) for context, ids in pairs]
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         done = []

@@ -1,15 +1,16 @@
 """Generates on the learner's own weights, so nothing is ever stale: continuous batching over a key-value cache of our own.
 
-A context is prefilled once however many completions it gets. Rows that finish leave at once and waiting ones take their place; the rows
-in use are kept together at the front of the cache, so that a step computes nothing for the finished. Randomness belongs to the request
-(`Request.seed`), so a completion does not depend on what else is in the batch, up to the rounding of matrix products of another shape
-(fp32: about 1e-6 in a log-prob; bf16: about 1e-2, which can turn a token that was nearly a tie).
+A context is prefilled once however many completions it gets, and a beginning that several contexts share once for all of them. Rows
+that finish leave at once and waiting ones take their place; the rows in use are kept together at the front of the cache, so that a step
+computes nothing for the finished. Randomness belongs to the request (`Request.seed`), so a completion does not depend on what else is in
+the batch, up to the rounding of matrix products of another shape (fp32: about 1e-6 in a log-prob; bf16: about 1e-2, which can turn a
+token that was nearly a tie).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +19,17 @@ import torch
 from torch import Tensor
 
 from llmrl.attention import DecodePlan, PrefillPlan
+from llmrl.batch import Contexts, pack, seg_tokens
 from llmrl.engine import draw
+from llmrl.head import head_logp
 from llmrl.models import Policy
-from llmrl.records import Completion, InputError, Request, Sampling
+from llmrl.records import Completion, InputError, Request, Sample, Sampling
 from llmrl.rollout import philox
 
 PREFILL_TOKENS = 4096
 """Context tokens of one prefill forward, at most (a single longer context is prefilled alone)."""
+PREFILL_SCORES = 4 * PREFILL_TOKENS
+"""Places of all rows of one prefill forward, at most: attention computes a shared beginning anew for each row."""
 
 
 def hf(*, rows: int = 512, cache_gb: float = 4.0) -> Callable[[Policy], HFEngine]:
@@ -90,6 +95,24 @@ class HFEngine:
         finally:
             self.policy.model.train(training)
 
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """Log-probs (nats, temperature 1, tokens that are never sampled outside the softmax) of each pair's second ids behind the first."""
+        device, done = self.policy.device, [[] for _ in pairs]
+        samples = [Sample(str(i), str(i), list(c), list(t), None, self.policy_version) for i, (c, t) in enumerate(pairs) if t]
+        training = self.policy.model.training
+        self.policy.model.eval()
+        try:
+            with torch.inference_mode():
+                for batch in pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=PREFILL_TOKENS):
+                    b = batch.to(device)
+                    hidden = self.policy.hidden(b.ids_P, b.positions_P, b.plan(self.policy.kernel)).index_select(0, b.source_T)
+                    logp, _ = head_logp(hidden, *self.policy.head, b.tokens_T, banned_ids=self.policy.banned_ids)
+                    for k, own in zip(b.sample_index, seg_tokens(logp, b), strict=True):
+                        done[int(samples[k].id)] = own.tolist()
+        finally:
+            self.policy.model.train(training)
+        return done
+
     def cache(self, length: int, wanted: int) -> tuple[list[tuple[Tensor, Tensor]], int]:
         """(cache of at least `length` places, number of rows it has). Kept between calls while it fits."""
         dtype = self.policy.model.dtype
@@ -104,6 +127,21 @@ class HFEngine:
     def release(self) -> None:
         """Gives the cache's memory back; the next call makes a new one."""
         self._cache = []
+
+
+def prefill_parts(contexts: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Contexts dealt out to prefill forwards; in order of their tokens, so that those with a common beginning meet."""
+    parts: list[list[tuple[int, ...]]] = []
+    laid, longest = Contexts(), 0
+    for c in sorted(contexts):
+        laid.add(c)
+        longest = max(longest, len(c))
+        if not parts or len(laid.ids) > PREFILL_TOKENS or (len(parts[-1]) + 1) * longest > PREFILL_SCORES:
+            laid, longest = Contexts(), len(c)
+            laid.add(c)
+            parts.append([])
+        parts[-1].append(c)
+    return parts
 
 
 class _Run:
@@ -131,12 +169,8 @@ class _Run:
     def enter(self, free: int) -> None:
         """Waiting requests take free rows; contexts not seen yet are prefilled."""
         chosen = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
-        fresh = list(dict.fromkeys(c for i in chosen if (c := self.requests[i].context_ids) not in self.contexts))
-        while fresh:
-            part, total = [], 0
-            while fresh and (not part or total + len(fresh[0]) <= PREFILL_TOKENS):
-                part.append(fresh.pop(0))
-                total += len(part[-1])
+        fresh = dict.fromkeys(c for i in chosen if (c := self.requests[i].context_ids) not in self.contexts)
+        for part in prefill_parts(fresh):
             self.prefill(part)
         rows, logits = [], []
         first = len(self.live)
@@ -154,21 +188,22 @@ class _Run:
         self.take(torch.stack(logits), rows)
 
     def prefill(self, contexts: list[tuple[int, ...]]) -> None:
-        """One packed forward over contexts; keeps their keys, values and the logits after each."""
+        """One packed forward over contexts, beginnings that they share once; keeps their keys, values and the logits after each."""
         device = self.policy.device
-        lengths = [len(c) for c in contexts]
-        starts = np.cumsum([0, *lengths[:-1]])
-        longest = max(lengths)
-        index = torch.tensor([[s + min(j, n - 1) for j in range(longest)] for s, n in zip(starts, lengths, strict=True)], device=device)
-        pick = torch.tensor([r * longest + j for r, n in enumerate(lengths) for j in range(n)], device=device)
-        plan = PrefillPlan(index, pick, self.policy.kernel)
-        ids = torch.tensor([t for c in contexts for t in c], device=device)
-        positions = torch.tensor([j for n in lengths for j in range(n)], device=device)
-        hidden = self.policy.hidden(ids, positions, plan)
-        ends = torch.tensor([s + n - 1 for s, n in zip(starts, lengths, strict=True)], device=device)
-        last = self.policy.logits(hidden[ends])
-        for r, (c, s, n) in enumerate(zip(contexts, starts, lengths, strict=True)):
-            kv = [tuple(x[s : s + n].transpose(0, 1) for x in plan.kv[layer]) for layer in range(self.engine.layers)]
+        laid = Contexts()
+        rows = [laid.add(c) for c in contexts]
+        longest = max(map(len, rows))
+        pick: dict[int, int] = {}
+        for r, row in enumerate(rows):
+            for j, place in enumerate(row):
+                pick.setdefault(place, r * longest + j)
+        index = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows], device=device)
+        plan = PrefillPlan(index, torch.tensor([pick[place] for place in range(len(laid.ids))], device=device), self.policy.kernel)
+        hidden = self.policy.hidden(torch.tensor(laid.ids, device=device), torch.tensor(laid.positions, device=device), plan)
+        last = self.policy.logits(hidden[torch.tensor([row[-1] for row in rows], device=device)])
+        for r, (c, row) in enumerate(zip(contexts, rows, strict=True)):
+            own = torch.tensor(row, device=device)
+            kv = [tuple(x[own].transpose(0, 1) for x in plan.kv[layer]) for layer in range(self.engine.layers)]
             self.contexts[c] = (kv, last[r])  # type: ignore[assignment]
 
     def step(self) -> None:

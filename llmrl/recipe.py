@@ -54,6 +54,8 @@ class Lora(_Section):
     """The adapters' output is scaled by alpha / rank."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Ends of the names of layers that get adapters, e.g. ["q_proj", "v_proj"]; all-linear = every linear layer but the head."""
+    quantize: Literal["nf4"] | None = None
+    """QLoRA: the model's own linear layers but the head are held in 4 bits (needs the extra `qlora`; learner.strategy ddp or one process)."""
 
 
 class Model(_Section):
@@ -231,6 +233,9 @@ class Recipe(_Section):
     seed: Natural = 0
     steps: Positive
     """RL steps."""
+    max_generated_tokens: Positive | None = None
+    """The run ends after the step in which the engine has made so many tokens in all, if that comes before `steps`; for comparisons of
+    equal cost. Schedules go by `steps`."""
     run: Run = Run()
     model: Model
     data: Data

@@ -124,6 +124,10 @@ class Engine(Protocol):
         """One completion a request, in order."""
         ...
 
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """Log-probs (nats, temperature 1) of the second ids of each pair behind the first, one a token; nothing is sampled."""
+        ...
+
     def load_weights(self, version: int, weights: Callable[[], Any] | None) -> None:
         """Make `version` the policy that is sampled from. `weights` is not called by engines that share the learner's memory."""
         ...

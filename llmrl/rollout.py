@@ -35,16 +35,47 @@ class RolloutIO:
     """samples a prompt"""
     seed: tuple[int, int]
     """(recipe seed, step)"""
+    steps: int = 1
+    """steps of the whole run, for what is annealed over it"""
     more_prompts: Callable[[int], list[Prompt]] | None = None
     """the next n prompts of this rank, for rules that refill; they count as used"""
     seconds: Counter[str] = field(default_factory=Counter)
     """wall time spent in "generate" and "score" """
+    generated: int = 0
+    """tokens that the engine made, whatever became of them"""
+    noted: dict[str, list[float]] = field(default_factory=dict)
+    """metric -> [sum, count], see note"""
+
+    @property
+    def step(self) -> int:
+        """From 1."""
+        return self.seed[1]
+
+    @property
+    def version(self) -> int:
+        """Of the weights that the engine samples from."""
+        return self.engine.policy_version
 
     def sample(self, contexts: Sequence[Sequence[int]], keys: Sequence[tuple[int | str, ...]], sampling: Sampling | None = None) -> list[Completion]:
         """One completion a context. `keys` name the random streams within the step, e.g. (prompt id, sample index)."""
         how = sampling or self.sampling
         with timed(self.seconds, "generate"):
-            return self.engine.generate([Request(tuple(c), (*self.seed, *k), how) for c, k in zip(contexts, keys, strict=True)])
+            done = self.engine.generate([Request(tuple(c), (*self.seed, *k), how) for c, k in zip(contexts, keys, strict=True)])
+        self.generated += sum(len(c.token_ids) for c in done)
+        return done
+
+    def score(self, contexts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs (nats, temperature 1) of each row of tokens behind its context, under the weights that sample now; no gradient."""
+        with timed(self.seconds, "generate"):
+            return self.engine.score([(tuple(c), tuple(t)) for c, t in zip(contexts, tokens, strict=True)])
+
+    def note(self, name: str, value: float, n: float = 1.0) -> None:
+        """Adds to the metric "rule/<name>" of the step: the mean of all values over all ranks, `value` being a sum of n of them.
+
+        n = 0: the sum instead. A name is used in one of the two ways.
+        """
+        there = self.noted.setdefault(f"rule/{name}", [0.0, 0.0])
+        there[0], there[1] = there[0] + value, there[1] + n
 
     async def verify(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
         """One verdict an item, in order."""
@@ -102,6 +133,7 @@ async def _streamed_groups(prompts: Sequence[Prompt], io: RolloutIO, contexts: S
         keys = [(prompt.visit_id, i) for i in range(io.group)]
         done = await io.engine.complete([Request(tuple(context), (*io.seed, *k), io.sampling) for k in keys])  # type: ignore[attr-defined]
         ended.append(time.perf_counter())
+        io.generated += sum(len(c.token_ids) for c in done)
         items = [(prompt, c.text) for c in done]
         verdicts = await asyncio.to_thread(io.verifier.score, items)
         samples = [make_sample(prompt, i, context, c, v, mask_truncated=mask_truncated) for i, (c, v) in enumerate(zip(done, verdicts, strict=True))]

@@ -251,6 +251,8 @@ def open_session(loaded: LoadedRecipe, *, sharded: bool = True) -> Session:
             f"{loaded.where('engine.max_staleness')}: rollouts of older weights need a rule that corrects for them, and {r.rule.use} as it is set does "
             'not; set rule.mismatch = "token_truncate" (or another of its forms), or engine.max_staleness = 0'
         )
+    if r.engine.max_staleness and r.max_generated_tokens:
+        raise InputError(f"{loaded.where('max_generated_tokens')}: not with engine.max_staleness: rollouts under way would be thrown away; set one of them")
     if r.model.lora is not None and r.warm_start is not None and rule.needs.ref_logp:
         raise InputError(
             f"{loaded.where('model.lora')}: with LoRA the reference model is the model without adapters, which a warm start leaves behind; run the "

@@ -40,14 +40,14 @@ def view_of(samples: Sequence[Sample], learner: Learner, max_new_tokens: int) ->
     )
 
 
-def rollouts(session: Session, step: int, prompts: list[Prompt]) -> tuple[list[Group], Counter[str]]:
-    """The groups of a step, and the seconds that its parts took. Touches the engine, the verifier, the memory and the prompts, not the learner."""
+def rollouts(session: Session, step: int, prompts: list[Prompt]) -> tuple[list[Group], RolloutIO]:
+    """The groups of a step, and what was used for them. Touches the engine, the verifier, the memory and the prompts, not the learner."""
     r = session.recipe
     io = RolloutIO(
         session.engine, session.scorer, session.policy.chat, session.memory, session.sampling, r.rollout.group, (r.seed, step),
-        more_prompts=session.stream.take,
+        steps=r.steps, more_prompts=session.stream.take,
     )  # fmt: skip
-    return asyncio.run(session.rule.collect(prompts, io)), io.seconds  # type: ignore[arg-type]
+    return asyncio.run(session.rule.collect(prompts, io)), io  # type: ignore[arg-type]
 
 
 def run_step(session: Session, step: int, *, ahead: bool = False) -> tuple[list[Group], list[Tensor], Row]:
@@ -59,7 +59,8 @@ def run_step(session: Session, step: int, *, ahead: bool = False) -> tuple[list[
     mine = r.rollout.prompts // session.world
     began, scored = time.perf_counter(), session.scorer.stats()
     coming, session.coming = session.coming, None
-    groups, seconds = coming.result() if coming else rollouts(session, step, session.stream.take(mine))
+    groups, io = coming.result() if coming else rollouts(session, step, session.stream.take(mine))
+    seconds = io.seconds
     session.memory.end_step(learner.gather)
     samples = [s for g in groups for s in g.samples]
     stale = drop_stale(samples, learner.version, (r.batch.minibatches * r.batch.epochs) if coming else 0)
@@ -76,14 +77,18 @@ def run_step(session: Session, step: int, *, ahead: bool = False) -> tuple[list[
             session.coming.exception()  # all of it is in before the weights change under it; what failed is told when it is taken
     with timed(seconds, "publish"):
         published = publish(session)
-    row = {**rollout_metrics(samples, adv, learner), **learned, **published}
+    row = {**rollout_metrics(samples, adv, learner), **rule_metrics(io, learner), **learned, **published}
     row |= {f"time/{name}_s": t for name, t in seconds.items()} | {"time/step_s": time.perf_counter() - began} | stale
     row |= verifier_metrics(scored, session.scorer.stats())
     return groups, adv, row
 
 
 def drop_stale(samples: Sequence[Sample], version: int, allowed: int) -> Row:
-    """Samples of weights more than `allowed` updates old train nothing; where none may be old, one that is stops the run."""
+    """Samples of weights more than `allowed` updates old train nothing; where none may be old, one that is stops the run.
+
+    A sample without behavior_logp is text that a rule trains on, of whatever origin: no correction for its age is meant.
+    """
+    samples = [s for s in samples if s.behavior_logp is not None]
     behind = [version - s.policy_version for s in samples]
     for s, n in zip(samples, behind, strict=True):
         if n < 0 or (n > 0 and not allowed):
@@ -158,7 +163,7 @@ def learn(session: Session, groups: Sequence[Group], samples: Sequence[Sample], 
         for part in minibatches(groups, r.batch.minibatches, (r.seed, step, "minibatch", epoch, session.rank)):
             mine = [i for k in part for i in places[k]]
             denominators = global_denominators(
-                [samples[i] for i in mine], rule.loss, max_new_tokens=session.sampling.max_new_tokens, all_sum=learner.all_sum
+                [samples[i] for i in mine], rule.loss, max_new_tokens=session.sampling.max_new_tokens, groups=len(part), all_sum=learner.all_sum
             )
             live = mine if rule.needs.whole_groups else [i for i in mine if needs_forward(rule, samples[i], adv[i])]
             batches = pack(
@@ -172,7 +177,8 @@ def learn(session: Session, groups: Sequence[Group], samples: Sequence[Sample], 
                 metrics = token_metrics(batch, out, rule.loss)
                 metrics["trained"] = float(len(batch.ids_P))
                 if first:
-                    if all(s.policy_version == learner.version for s in samples):  # others differ by right, and the rule corrects for it
+                    # those of older weights differ by right, and the rule corrects for it
+                    if all(s.policy_version == learner.version for s in samples if s.behavior_logp is not None):
                         check_gap(session, metrics, step)
                     gap_max = metrics.get("gap_max", 0.0)
                 first = False
@@ -232,6 +238,16 @@ def verifier_metrics(before: dict[str, float], after: dict[str, float]) -> Row:
     return {**times, **{f"verifier/{name}": value for name, value in new.items()}}
 
 
+def rule_metrics(io: RolloutIO, learner: Learner) -> Row:
+    """What the rule noted, and the tokens that it had generated: means and sums over all ranks."""
+    total: dict[str, list[float]] = {}
+    for noted, tokens in learner.gather((io.noted, io.generated)):
+        for name, (value, n) in {**noted, "tokens/generated": (float(tokens), 0.0)}.items():
+            there = total.setdefault(name, [0.0, 0.0])
+            there[0], there[1] = there[0] + value, there[1] + n
+    return {name: total[name][0] / n if (n := total[name][1]) else total[name][0] for name in sorted(total)}
+
+
 def rollout_metrics(samples: Sequence[Sample], adv: Sequence[Tensor], learner: Learner) -> Row:
     """Metrics of the policy's samples, over all ranks."""
     policy = [(s, a) for s, a in zip(samples, adv, strict=True) if s.role == "policy"]
@@ -260,6 +276,6 @@ def rollout_metrics(samples: Sequence[Sample], adv: Sequence[Tensor], learner: L
         "samples": t["n"], "samples/unjudged": t["timeout"] + t["error"],
         "samples/timeout": t["timeout"], "samples/error": t["error"], "samples/no_answer_share": t["no_answer"] / t["n"] if t["n"] else None,
         "groups/live_share": t["live"] / t["cohorts"] if t["cohorts"] else None, "length/mean_tokens": t["tokens"] / t["n"] if t["n"] else None,
-        "length/max_tokens": longest, "length/truncated_share": t["cut"] / t["n"] if t["n"] else None, "tokens/generated": t["tokens"],
+        "length/max_tokens": longest, "length/truncated_share": t["cut"] / t["n"] if t["n"] else None,
         "entropy/rollout_nats": t["nll"] / t["nll_n"] if t["nll_n"] else None,
     }  # fmt: skip

@@ -50,7 +50,7 @@ def train(loaded: LoadedRecipe, *, resume: bool = False, overwrite: bool = False
         checkpoint.save_base(folder / "base", session.learner, lambda: without_adapters(loaded))
         run = Run(session, folder, console)
         run.prepare(resume)
-        while run.progress.step < session.recipe.steps:
+        while not run.ended:
             run.advance()
         return run.close(time.perf_counter() - began)
     finally:
@@ -157,6 +157,11 @@ class Run:
 
     # ------------------------------------------------------------ one step
 
+    @property
+    def ended(self) -> bool:
+        r, p = self.s.recipe, self.progress
+        return p.step >= r.steps or (r.max_generated_tokens is not None and p.tokens >= r.max_generated_tokens)
+
     def advance(self) -> None:
         r, step = self.s.recipe, self.progress.step + 1
         evaluates = step == r.steps or bool(r.eval.every and step % r.eval.every == 0)
@@ -166,6 +171,9 @@ class Run:
         write_rows(step_path(self.folder, step, self.s.rank), sample_rows(step, groups, adv))
         self.progress.step = step
         self.progress.tokens += row["tokens/generated"] or 0.0
+        row["tokens/total"] = self.progress.tokens
+        if self.ended:
+            evaluates = saves = True
         if evaluates:
             row |= self.evaluate(step).row()
         self.write(step, row)

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from llmrl import losses
-from llmrl.batch import Outputs, evaluate_terms, global_denominators, numbers, pack, seg_tokens, token_metrics
+from llmrl.batch import Contexts, Outputs, evaluate_terms, global_denominators, numbers, pack, seg_tokens, token_metrics
 from llmrl.learner import Learner
 from llmrl.records import Sample
 from llmrl.rules.base import Needs, Term
@@ -60,8 +60,8 @@ def test_every_sample_is_packed_once_within_the_budget(tokens, whole):
     assert sorted(i for b in batches for i in b.sample_index) == list(range(len(samples)))
     for b in batches:
         chosen = [samples[i] for i in b.sample_index]
-        contexts = {tuple(s.context_ids) for s in chosen}
-        assert len(b.ids_P) == sum(map(len, contexts)) + sum(len(s.token_ids) - 1 for s in chosen)  # a context once, no last token
+        beginnings = {tuple(s.context_ids[:k]) for s in chosen for k in range(1, len(s.context_ids) + 1)}
+        assert len(b.ids_P) == len(beginnings) + sum(len(s.token_ids) - 1 for s in chosen)  # what contexts share once, no last token
         unit = {s.prompt_id for s in chosen} if whole else chosen
         assert len(b.ids_P) <= tokens or len(unit) == 1
         assert b.n_samples == len(chosen) and len(b.tokens_T) == sum(len(s.token_ids) for s in chosen)
@@ -107,14 +107,14 @@ def test_one_batch_by_hand():
     ]
     (b,) = pack(samples, [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0]), torch.tensor([6.0])], tokens=100)
     nan = float("nan")
-    assert b.ids_P.tolist() == [1, 5, 7, 8, 9, 1, 6, 6]
-    assert b.positions_P.tolist() == [0, 1, 2, 3, 2, 0, 1, 2]
+    assert b.ids_P.tolist() == [1, 5, 6, 6, 7, 8, 9]  # the two prompts share their first token
+    assert b.positions_P.tolist() == [0, 1, 1, 2, 2, 3, 2]
     assert b.tokens_T.tolist() == [7, 8, 2, 9, 2, 2]
-    assert b.source_T.tolist() == [1, 2, 3, 1, 4, 7]  # the context's last token predicts the first of either completion
+    assert b.source_T.tolist() == [1, 4, 5, 1, 6, 3]  # the context's last token predicts the first of either completion
     assert b.sample_T.tolist() == [0, 0, 0, 1, 1, 2]
     assert b.adv_T.tolist() == [1, 2, 3, 4, 5, 6]
-    assert b.index_RL.tolist() == [[0, 1, 2, 3], [0, 1, 4, 4], [5, 6, 7, 7]]
-    assert b.pick_P.tolist() == [0, 1, 2, 3, 6, 8, 9, 10]
+    assert b.index_RL.tolist() == [[0, 1, 4, 5], [0, 1, 6, 6], [0, 2, 3, 3]]
+    assert b.pick_P.tolist() == [0, 1, 9, 10, 2, 3, 6]
     assert b.weight["policy"].tolist() == [1, 1, 1, 0.5, 0.5, 1] and b.weight["sft"].tolist() == [0, 0, 0, 2, 2, 0]
     assert b.cohort_S.tolist() == [0, 1, 2] and b.group_S.tolist() == [0, 0, 1]
     assert torch.equal(b.reward_S.nan_to_num(-1), torch.tensor([1.0, -1, 0.5]))
@@ -128,9 +128,35 @@ def test_masks_come_from_positions_not_from_ids():
     assert b.ids_P.tolist() == [0, 1, 2, 0, 0, 2, 1] and b.tokens_T.tolist() == [0, 2, 1, 2] and b.weight["policy"].tolist() == [1] * 4
 
 
+def test_contexts_share_every_common_beginning():
+    c = Contexts()
+    assert c.add([1, 2, 3]) == [0, 1, 2] and c.add([1, 2]) == [0, 1] and c.add([1, 2, 4, 3]) == [0, 1, 3, 4] and c.add([2, 3]) == [5, 6]
+    assert c.ids == [1, 2, 3, 4, 3, 2, 3] and c.positions == [0, 1, 2, 2, 3, 0, 1]
+    assert c.add((1, 2, 4, 3)) == [0, 1, 3, 4] and len(c.ids) == 7
+
+
 def test_an_empty_context_is_named():
     with pytest.raises(ValueError, match=r"sample x: an empty context"):
         pack([Sample("x", "p", [], [1], None, 0)], [torch.ones(1)], tokens=9)
+
+
+def test_what_a_denominator_counts():
+    """Two samples of two prompts, of weights 0.5 and 0.25 and lengths 2 and 4, l_t = 1; a third prompt has none that feeds the term."""
+    samples = [Sample(f"s{k}", f"p{k}", [1], [5] * n, None, 0, weights={"w": w}) for k, (n, w) in enumerate([(2, 0.5), (4, 0.25), (3, 0.0)])]
+    (batch,) = pack(samples, zeros(samples), tokens=99)
+    out = Outputs(torch.zeros(9), torch.zeros(9))
+
+    def one(b, o):
+        return torch.ones_like(o.logp_T)
+
+    expected = {("sample", "weights"): 1.0, ("sample", "samples"): 0.375, ("sample", "groups"): 0.25, ("fixed", "samples"): 1.0, ("fixed", "groups"): 2 / 3}
+    for (over, count), value in expected.items():
+        term = Term(one, weight="w", over=over, count=count, budget=1 if over == "fixed" else None)
+        loss, _ = evaluate_terms([term], batch, out, global_denominators(samples, [term], max_new_tokens=8, groups=3))
+        assert float(loss) == pytest.approx(value), (over, count)
+    assert global_denominators(samples, [Term(one, weight="w", over="sample", count="groups")], max_new_tokens=8, groups=3, all_sum=lambda x: 2 * x) == [6.0]
+    with pytest.raises(ValueError, match='count="groups" goes with "sample" and "fixed"'):
+        Term(one, count="groups")
 
 
 def test_per_token_values_come_back_by_sample():

@@ -12,7 +12,7 @@ from torch import nn
 from llmrl.batch import Outputs, pack
 from llmrl.chat import Chat, char_tokenizer
 from llmrl.engine import TableEngine, draw, truncate_logits
-from llmrl.hf_engine import HFEngine, hf
+from llmrl.hf_engine import HFEngine, hf, prefill_parts
 from llmrl.learner import Learner
 from llmrl.records import Completion, InputError, Request, Sample, Sampling
 from llmrl.rollout import philox
@@ -213,9 +213,37 @@ def test_contexts_are_prefilled_once_and_nothing_is_computed_for_the_finished(ro
     asked = requests(24)
     done = HFEngine(policy, rows=rows).generate(asked)
     assert len({len(c.token_ids) for c in done}) > 4
-    assert sum(seen["PrefillPlan"]) == sum(map(len, CONTEXTS))  # six completions a context
+    beginnings = {c[:k] for c in CONTEXTS for k in range(1, len(c) + 1)}
+    assert sum(seen["PrefillPlan"]) <= sum(map(len, CONTEXTS)) and (rows < 24 or sum(seen["PrefillPlan"]) == len(beginnings))  # six completions a context
     assert sum(seen["DecodePlan"]) == sum(len(c.token_ids) - 1 for c in done)
     assert max(seen["DecodePlan"]) <= rows
+
+
+def test_a_shared_beginning_is_computed_once_and_changes_nothing():
+    """Corrupted continuations of one solution: 40 shared tokens, then 2 to 4 of their own; and the scores of the same texts."""
+    policy = sharp({EOS: 1.0})
+    shared = tuple(4 + (7 * k) % 15 for k in range(40))
+    contexts = [(*shared, *([5 + i] * (2 + i % 3))) for i in range(6)]
+    asked = [Request(c, (i, j), Sampling(12)) for i, c in enumerate(contexts) for j in range(3)]
+    seen = count_forwards(policy)
+    engine = HFEngine(policy)
+    together = engine.generate(asked)
+    assert sum(seen["PrefillPlan"]) == 40 + sum(len(c) - 40 for c in contexts)
+    alone = [HFEngine(policy).generate([r])[0] for r in asked]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    seen["PackPlan"] = []
+    scored = engine.score([(r.context_ids, c.token_ids) for r, c in zip(asked, together, strict=True)])
+    for c, d, s in zip(together, alone, scored, strict=True):
+        assert max(abs(a - b) for a, b in zip(c.logprobs, d.logprobs, strict=True)) < 1e-5
+        assert max(abs(a - b) for a, b in zip(c.logprobs, s, strict=True)) < 1e-5  # what is scored is what was sampled from
+    assert engine.score([((5, 6), ()), ((5,), (6, 7))])[0] == [] and len(engine.score([((5, 6), ()), ((5,), (6, 7))])[1]) == 2
+
+
+def test_prefill_parts_keep_their_bounds():
+    long = [tuple(range(k, k + 3000)) for k in range(3)]
+    assert prefill_parts([long[1], long[0]]) == [[long[0]], [long[1]]]  # 6000 tokens do not fit together
+    twins = [(*long[0], k) for k in range(8)]
+    assert [len(p) for p in prefill_parts(twins)] == [5, 3]  # 3008 tokens, but 8 rows of 3001 places
 
 
 def test_waiting_requests_take_the_rows_of_the_finished():

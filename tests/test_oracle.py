@@ -184,11 +184,11 @@ def test_zero_advantage_zero_gradient(world):
 
 
 def test_the_pack_is_as_small_as_promised(world):
-    """A context is held once a micro-batch, and the last token of a completion is no input."""
+    """A context is held once a micro-batch, a beginning that several share too, and the last token of a completion is no input."""
     _, _, samples, _ = world
     (batch,) = pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=HUGE)
-    contexts = {tuple(s.context_ids) for s in samples}
-    assert len(batch.ids_P) == sum(map(len, contexts)) + sum(len(s.token_ids) - 1 for s in samples)
+    beginnings = {tuple(s.context_ids[:k]) for s in samples for k in range(1, len(s.context_ids) + 1)}
+    assert len(batch.ids_P) == len(beginnings) + sum(len(s.token_ids) - 1 for s in samples)
     for part in pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=24):
         assert len(part.ids_P) <= 24
 

@@ -193,3 +193,19 @@ def test_a_checkpoint_is_a_plain_model_and_holds_no_pickle(context, tmp_path):
     saved = load_file(latest / "model" / "model.safetensors")
     assert all((model.state_dict()[k] == v).all() for k, v in saved.items())
     assert tokenizer.apply_chat_template([{"role": "user", "content": "1+2="}], return_dict=False) == [1, 5, 14, 6, 17]
+
+
+def test_a_budget_of_generated_tokens_ends_a_run_and_counts_what_was_thrown_away(context, tmp_path):
+    """dapo refills: the engine makes more than the samples that are kept. The last step is evaluated and saved as any last step is."""
+    recipe = written(tmp_path, "a", "dapo with refill")
+    recipe.write_text("max_generated_tokens = 900\n" + recipe.read_text())
+    finish(context, recipe, resume=False)
+    rows = MetricLog.read(tmp_path / "a")
+    made, last = [r.get("tokens/generated", 0) or 0 for r in rows], rows[-1]
+    assert sum(made[:-1]) < 900 <= sum(made) == last["tokens/total"] and 1 <= last["step"] < 14
+    assert last["eval/accuracy"] is not None and (tmp_path / "a" / "checkpoints" / f"step-{last['step']:06d}").is_dir()
+    kept = [r["samples"] * r["length/mean_tokens"] for r in rows[1:]]
+    assert any(m > k + 1 for m, k in zip(made[1:], kept, strict=True)) and all(m >= k - 1e-6 for m, k in zip(made[1:], kept, strict=True))
+    before = (tmp_path / "a" / "metrics.jsonl").read_bytes()
+    finish(context, recipe, resume=True)  # there is nothing left to do
+    assert (tmp_path / "a" / "metrics.jsonl").read_bytes() == before

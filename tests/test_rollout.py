@@ -1,6 +1,7 @@
 """From prompts to scored groups, on a scripted engine and a scripted verifier; random streams; the memory."""
 
 import asyncio
+import contextlib
 import json
 import math
 import threading
@@ -295,13 +296,77 @@ def test_memory_is_not_changed_through_what_it_gave_out():
     assert len(a.recall("n", "p")) == 1
 
 
+def end_together(*ranks):
+    """What Learner.gather does: everybody gets what everybody sends, as JSON."""
+    sent = []
+
+    def collect(mine):
+        sent.append(json.loads(json.dumps(mine)))
+        raise InterruptedError
+
+    for m in ranks:
+        with contextlib.suppress(InterruptedError):
+            m.end_step(collect)
+    for m in ranks:
+        m.end_step(lambda mine: sent)
+
+
 def test_ranks_end_a_step_with_the_same_memory():
     a, b = Memory(cap=3), Memory(cap=3)
     a.remember("n", "p", "a1")
     a.remember("n", "q", "a2")
     b.remember("n", "p", "b1")
     assert b.recall("n", "q") == []  # what another rank knows comes with the end of the step
-    new = [[("n", "p", "a1"), ("n", "q", "a2")], [("n", "p", "b1")]]
-    for m in (a, b):
-        m.end_step(lambda mine: new)
+    end_together(a, b)
     assert a.state_dict() == b.state_dict() and b.recall("n", "p") == ["a1", "b1"] and b.recall("n", "q") == ["a2"]
+
+
+def test_a_name_may_keep_more_entries_than_the_store_does():
+    m = Memory(cap=2)
+    for k in range(5):
+        m.remember("window", "", k, cap=4)
+        m.remember("n", "p", k)
+    assert m.recall("window", "") == [1, 2, 3, 4] and m.recall("n", "p") == [3, 4]
+    m.end_step()
+    again = Memory()
+    again.load_state_dict(json.loads(json.dumps(m.state_dict())))
+    again.remember("window", "", 5)
+    again.end_step()
+    assert again.recall("window", "") == [2, 3, 4, 5] and again.recall("n", "p") == [3, 4]
+
+
+def test_running_averages_are_over_all_ranks_and_move_between_steps():
+    """Step 1: ranks saw 1 of 4 and 3 of 4 -> 0.5; step 2: 2 of 2 on one rank -> 0.9 * 0.5 + 0.1 * 1; step 3: nothing."""
+    a, b = Memory(), Memory()
+    a.track("rec", 1, 4, decay=0.9)
+    b.track("rec", 3, 4, decay=0.9)
+    assert a.average("rec") is None
+    with pytest.raises(RuntimeError, match="end_step"):
+        a.state_dict()
+    for step, expected in enumerate((0.5, 0.55, 0.55)):
+        if step == 1:
+            b.track("rec", 2, 2, decay=0.9)
+        end_together(a, b)
+        assert a.average("rec") == b.average("rec") == pytest.approx(expected)
+    assert a.state_dict() == b.state_dict()
+    again = Memory()
+    again.load_state_dict(json.loads(json.dumps(a.state_dict())))
+    assert again.average("rec") == pytest.approx(0.55)
+
+
+def test_notes_are_means_and_sums_over_ranks():
+    from llmrl.step import rule_metrics
+
+    here, there = make_io(lambda *_: "1"), make_io(lambda *_: "1")
+    here.note("share", 1, 4)
+    here.note("share", 2, 4)
+    here.note("count", 3, 0)
+    there.note("share", 8, 8)
+    there.note("lone", 0.25)
+    here.generated, there.generated = 10, 5
+
+    class Ranks:
+        def gather(self, mine):
+            return [mine, json.loads(json.dumps((there.noted, there.generated)))]
+
+    assert rule_metrics(here, Ranks()) == {"rule/count": 3.0, "rule/lone": 0.25, "rule/share": 11 / 16, "tokens/generated": 15.0}

@@ -30,7 +30,8 @@ class Term:
     - over="sample": sum_i (1/n_i) sum_t w_t l_t / sum_i (1/n_i) sum_t w_t      (sequence mean of token means; GRPO)
     - over="fixed":  sum_t w_t l_t / (budget * sum_i (1/n_i) sum_t w_t)         (constant budget; Dr. GRPO)
 
-    A sum over a row's tokens, mean over rows, is over="fixed" with budget=1.
+    A sum over a row's tokens, mean over rows, is over="fixed" with budget=1. A weight that all samples share cancels there: one that is
+    meant to scale the term (annealing), or samples that are meant to be missed where there are none, need another `count`.
     """
 
     fn: LossFn
@@ -40,8 +41,15 @@ class Term:
     coef: float = 1.0
     budget: int | None = None
     """Tokens; for over="fixed" only. None = the recipe's rollout.max_new_tokens."""
+    count: Literal["weights", "samples", "groups"] = "weights"
+    """What the denominator counts: the weights as above; or, for "sample" and "fixed", in place of sum_i (1/n_i) sum_t w_t the number of
+    samples that feed the term, or the number of all groups of the update (prompts), those without such a sample too."""
     name: str = ""
     """Under which the metrics show it; default: the name of the function."""
+
+    def __post_init__(self) -> None:
+        if self.over == "token" and self.count != "weights":
+            raise ValueError(f'Term {self.label}: over="token" divides by the tokens\' weights; count="{self.count}" goes with "sample" and "fixed"')
 
     @property
     def label(self) -> str:
