@@ -20,6 +20,7 @@ lint: .venv/dev.stamp
 bench: .venv/dev.stamp
 	$(BIN)/python scripts/bench.py
 	$(BIN)/python scripts/bench_scoring.py
+	$(BIN)/python scripts/bench_rollout.py
 
 # vLLM has an environment of its own: VLLM_ENV, by default .venv-vllm.
 VLLM_ENV ?= .venv-vllm

@@ -1,7 +1,8 @@
 """Traces: sampled responses on disk, one JSON object a line, the common input of every evaluator.
 
-Schema 1 (`Trace`); files are .jsonl or .jsonl.gz. A trace is written once and scored as often as one likes: `score`, `status` and `answer`
-are None until a verifier has looked at it. Keys that are not of the schema are kept in `extra` and written back unchanged.
+Schema 2 (`Trace`); files are .jsonl or .jsonl.gz. A trace is written once and scored as often as one likes: `score`, `status` and `answer`
+are None until a verifier has looked at it. Keys that are not of the schema are kept in `extra` and written back unchanged. Schema 1, which had
+no `raw_logprobs` and no `tokens`, is read too; a file may hold lines of both. Files of other programs come in through `importers`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import gzip
 import json
 import math
 import os
+import re
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,7 +22,8 @@ from typing import IO, Any, Literal, cast
 
 from llmrl.records import Finish, InputError, Message, Status
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class Trace:
     token_ids: list[int] | None = None
     logprobs: list[float] | None = None
     """Natural log, one a token, under the distribution that was sampled from."""
+    raw_logprobs: list[float] | None = None
+    """Natural log, one a token, under the model's own softmax: temperature 1, nothing cut (no top-p, top-k, min-p). What confidence is taken from."""
+    tokens: list[str] | None = None
+    """The text of each token, for people to look at; joined they give the response."""
     finish: Finish | None = None
     """"length" = cut off at the token limit; None = the source does not say."""
     score: float | None = None
@@ -57,7 +65,7 @@ class Trace:
         return {"schema": SCHEMA} | {name: getattr(self, name) for name in _KEYS} | self.extra
 
 
-_ORDER = "id prompt_id prompt messages gold response token_ids logprobs finish score status answer model sample"
+_ORDER = "id prompt_id prompt messages gold response token_ids logprobs raw_logprobs tokens finish score status answer model sample"
 _KEYS = tuple(_ORDER.split())
 assert set(_KEYS) == {f.name for f in fields(Trace)} - {"extra"}
 
@@ -70,14 +78,37 @@ class BadTrace:
     """Counted from 1."""
     id: str | None
     reason: str
+    path: str = ""
+
+    @property
+    def where(self) -> str:
+        """file:line, and the id where there is one."""
+        return f"{self.path or 'line'}:{self.line}" + (f" (id {self.id!r})" if self.id is not None else "")
+
+
+def bad_report(bad: list[BadTrace], total: int, *, places: int = 3) -> str:
+    """What was dropped and why: one line a kind of reason with its count and its first places; "" where nothing was.
+
+    Reasons that differ in numbers and quoted values only count as one kind; the first one is told in full.
+    """
+    if not bad:
+        return ""
+    kinds: defaultdict[str, list[BadTrace]] = defaultdict(list)
+    for b in bad:
+        kinds[re.sub(r"'[^']*'|\d+(\.\d+)?", "_", b.reason)].append(b)
+    lines = [f"{len(bad)} of {total} rows are no traces:"]
+    for group in sorted(kinds.values(), key=len, reverse=True):
+        more = f" and {len(group) - places} more" if len(group) > places else ""
+        lines.append(f"  {len(group)} x {group[0].reason}  at {', '.join(b.where for b in group[:places])}{more}")
+    return "\n".join(lines)
 
 
 def parse_trace(row: Any) -> Trace:
     """One decoded line -> Trace. Raises ValueError saying what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__} where an object was expected")
-    if row.get("schema") != SCHEMA:
-        raise ValueError(f"schema is {row.get('schema')!r}; this version reads schema {SCHEMA}")
+    if row.get("schema") not in READABLE or isinstance(row["schema"], bool):
+        raise ValueError(f"schema is {row.get('schema')!r}; this version reads schema {' and '.join(map(str, READABLE))}")
     values: dict[str, Any] = {key: row.get(key) for key in _KEYS}
     trace = Trace(**values, extra={k: v for k, v in row.items() if k not in _KEYS and k != "schema"})
     for key in ("id", "prompt_id", "response", "prompt", "gold", "answer", "model"):
@@ -105,14 +136,26 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _are_numbers(values: list[Any]) -> bool:
+    """All are `_is_number`; plain numbers, which a file holds, take a path without a Python call each."""
+    return (set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))) or all(map(_is_number, values))
+
+
 def _check_lists(trace: Trace) -> None:
-    ids, logprobs, messages = trace.token_ids, trace.logprobs, trace.messages
-    if ids is not None and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
+    ids, messages = trace.token_ids, trace.messages
+    if ids is not None and not (isinstance(ids, list) and set(map(type, ids)) <= {int}):
         raise ValueError("token_ids must be a list of whole numbers or null")
-    if logprobs is not None and not (isinstance(logprobs, list) and all(map(_is_number, logprobs))):
-        raise ValueError("logprobs must be a list of finite numbers or null")
-    if ids is not None and logprobs is not None and len(ids) != len(logprobs):
-        raise ValueError(f"{len(ids)} token_ids but {len(logprobs)} logprobs")
+    for key in ("logprobs", "raw_logprobs"):
+        values = getattr(trace, key)
+        if values is not None and not (isinstance(values, list) and _are_numbers(values)):
+            raise ValueError(f"{key} must be a list of finite numbers or null")
+    if trace.raw_logprobs and max(trace.raw_logprobs) > 1e-3:  # a probability is the usual mistake; rounding may pass 0 by 1e-6
+        raise ValueError(f"raw_logprobs holds {max(trace.raw_logprobs):.4g}: the natural log of a probability is at most 0")
+    if trace.tokens is not None and not (isinstance(trace.tokens, list) and set(map(type, trace.tokens)) <= {str}):
+        raise ValueError("tokens must be a list of texts or null")
+    lengths = {key: len(value) for key in ("token_ids", "logprobs", "raw_logprobs", "tokens") if (value := getattr(trace, key)) is not None}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(" but ".join(f"{n} {key}" for key, n in lengths.items()))
     if messages is not None and not (
         isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages)
     ):
@@ -131,7 +174,7 @@ def read_traces(path: str | Path, *, on_bad: Literal["refuse", "drop"] = "refuse
     found: list[BadTrace] = [] if bad is None else bad
     first, total = len(found), 0
     seen: set[str] = set()
-    for number, raw in _lines(Path(path)):
+    for number, raw in file_lines(Path(path)):
         total += 1
         row: Any = None
         try:
@@ -141,19 +184,23 @@ def read_traces(path: str | Path, *, on_bad: Literal["refuse", "drop"] = "refuse
                 raise ValueError("this id came before")
         except (ValueError, RecursionError) as error:
             name = row.get("id") if isinstance(row, dict) else None
-            found.append(BadTrace(number, name if isinstance(name, str) else None, str(error)))
+            found.append(BadTrace(number, name if isinstance(name, str) else None, str(error), str(path)))
             continue
         seen.add(trace.id)
         yield trace
-    wrong = found[first:]
-    if wrong and on_bad == "refuse":
-        lines = [f"{path}: {len(wrong)} of {total} lines are no traces:"]
-        lines += [f"  line {b.line}" + (f" (id {b.id!r})" if b.id is not None else "") + f": {b.reason}" for b in wrong[:5]]
-        lines += [f"  and {len(wrong) - 5} more"] if len(wrong) > 5 else []
-        raise InputError("\n".join([*lines, "Mend or remove these lines."]))
+    if len(found) > first and on_bad == "refuse":
+        raise refuse(found[first:], total)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def refuse(bad: list[BadTrace], total: int) -> InputError:
+    """The error that names the first 5 bad rows by file:line and tells how many there are."""
+    lines = [f"{bad[0].path}: {len(bad)} of {total} rows are no traces:"]
+    lines += [f"  {b.where}: {b.reason}" for b in bad[:5]]
+    lines += [f"  and {len(bad) - 5} more"] if len(bad) > 5 else []
+    return InputError("\n".join([*lines, "Mend or remove them, or drop them and have them counted: on_bad = \"drop\" (--on-bad drop)."]))
+
+
+def file_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(number from 1, bytes) of the lines that are not blank."""
     try:
         with path.open("rb") as file:
@@ -188,16 +235,20 @@ class TraceWriter:
         self.part = self.path.with_name(self.path.name + ".part")
         self.ids: set[str] = set()
         """Ids of the traces written so far, kept ones included."""
+        self.first: Trace | None = None
+        """The first trace that was there when the file was opened."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume and not self.part.exists() and self.path.exists():
             # Unpacked under a third name: a half-unpacked part file would look like a run that was cut short.
             unpacked = self.part.with_name(self.part.name + ".tmp")
             with unpacked.open("wb") as out:
-                out.writelines(raw if raw.endswith(b"\n") else raw + b"\n" for _, raw in _lines(self.path))
+                out.writelines(raw if raw.endswith(b"\n") else raw + b"\n" for _, raw in file_lines(self.path))
             os.replace(unpacked, self.part)
         if resume and self.part.exists():
             _drop_torn_line(self.part)
-            self.ids.update(trace.id for trace in read_traces(self.part))
+            for trace in read_traces(self.part):
+                self.first = self.first or trace
+                self.ids.add(trace.id)
         self._file = self.part.open("ab" if resume else "wb")
 
     def write(self, trace: Trace) -> None:

@@ -16,6 +16,7 @@ from llmrl.batch import pack, token_metrics
 from llmrl.config import LoadedRecipe
 from llmrl.footprint import footprint
 from llmrl.learner import RunFailed
+from llmrl.quantize import sizes
 from llmrl.records import Prompt, Sample
 from llmrl.rollout import RolloutIO
 from llmrl.session import Session, open_session
@@ -110,7 +111,8 @@ def _memory(session: Session) -> Finding:
     r, model = session.recipe, session.policy.model
     config = model.config.get_text_config()
     learning = sum(p.numel() for _, p in session.learner.params)
-    n = sum(p.numel() for p in model.parameters()) - (learning if r.model.lora else 0)
+    n, packed, _ = sizes(model)
+    n -= learning if r.model.lora else 0
     layers = 2 if r.model.gradient_checkpointing else config.num_hidden_layers
     width = model.dtype.itemsize
     activations = r.batch.tokens * layers * (18 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)) * width / 1e9
@@ -122,13 +124,14 @@ def _memory(session: Session) -> Finding:
         replica = False if not hasattr(session.engine, "policy") else True if own else None
         return footprint(
             n, bf16=r.model.dtype == "bfloat16", strategy=strategy, world=world, learning=learning if r.model.lora else None,
-            reference=session.rule.needs.ref_logp, offload=r.learner.offload and strategy.startswith("zero"), replica=replica,
+            reference=session.rule.needs.ref_logp, offload=r.learner.offload and strategy.startswith("zero"), replica=replica, quantized=packed,
         ).device  # fmt: skip
 
     asked = "ddp" if r.learner.strategy == "auto" else r.learner.strategy
     fixed = of("ddp" if asked == "ddp" else asked, 1)
-    spread = ", ".join(f"{s} {of(s, 8):.2f}" for s in ("ddp", "zero2", "zero3", "fsdp2"))
+    spread = ", ".join(f"{s} {of(s, 8):.2f}" for s in ("ddp", *(() if packed else ("zero2", "zero3", "fsdp2"))))
     told = f", {learning / 1e6:.2f}M of them adapters" if r.model.lora else ""
+    told += f", {packed / 1e6:.1f}M in 4 bits" if packed else ""
     return Finding(
         "memory estimate", fixed + activations + head < there,
         f"{(n + (learning if r.model.lora else 0)) / 1e6:.1f}M parameters{told}: weights, gradients, optimizer {fixed:.2f} GB + activations about "
@@ -157,7 +160,7 @@ def _rollout(session: Session) -> Iterator[Finding]:
     )
     groups = asyncio.run(session.rule.collect(session.stream.take(2), io))  # type: ignore[arg-type]
     samples: list[Sample] = [s for g in groups for s in g.samples]
-    unjudged = sum(s.reward is None for s in samples)
+    unjudged = sum(s.verdict is not None and s.verdict.score is None for s in samples)  # texts of other roles carry no verdict
     rewards = [s.reward for s in samples if s.reward is not None]
     told = "; ".join(f"{s.text.strip()[:60]!r} -> {s.reward}" for s in samples[:3])
     mean = sum(rewards) / max(1, len(rewards))

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llmrl.quantize import sizes, tell
 from llmrl.records import InputError
 from llmrl.strategy import cut_like, whole
 
@@ -87,7 +88,8 @@ def save_base(folder: Path, learner: Learner, plain: Callable[[], Policy]) -> No
 def save_model(folder: Path, learner: Learner) -> None:
     """A plain transformers folder: weights, configuration, tokenizer, chat template. Collective; the first rank writes.
 
-    With LoRA: the adapters as PEFT writes them; transformers and vLLM read them where the base model is at the path they name.
+    With LoRA: the adapters as PEFT writes them; transformers and vLLM read them where the base model is at the path they name. With a
+    quantised base a file beside them says so (quantize.py): they fit the quantised weights, and load_policy merges them accordingly.
     """
     model = learner.policy.model
     weights = {name: w.cpu().contiguous() for name, w in learner.held.weights() if learner.accelerator.process_index == 0}
@@ -98,6 +100,8 @@ def save_model(folder: Path, learner: Learner) -> None:
         adapters = {_ADAPTER + name.replace(".default.", "."): w for name, w in weights.items()}
         save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         model.peft_config["default"].save_pretrained(str(folder))  # type: ignore[union-attr, index]
+        if sizes(model)[1]:
+            tell(folder, "nf4", model.dtype)
     else:
         implementation = model.config._attn_implementation
         model.config._attn_implementation = "sdpa"  # ours would not be known to whoever loads the folder

@@ -45,16 +45,34 @@ def servers_of(plan: Plan) -> list[Server]:
         port = asked.vllm_port + k
         argv = [asked.vllm_python or sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", plan.model]
         argv += ["--host", "127.0.0.1" if asked.nodes == 1 else "0.0.0.0", "--port", str(port), "--dtype", model.dtype]
-        argv += ["--weight-transfer-config", '{"backend":"llmrl_file"}', "--logprobs-mode", "processed_logprobs"]
+        weights, adapters = _route_options(plan)
+        argv += [*weights, "--logprobs-mode", "processed_logprobs"]
         argv += [] if plan.devices else ["--no-enable-chunked-prefill"]  # vLLM on CPU dies on a seeded request whose prefill is cut
         limit = _max_model_len(plan)
         argv += ["--max-model-len", str(limit)] if limit else []
         argv += ["--tensor-parallel-size", str(asked.vllm_gpus)] if asked.vllm_gpus > 1 and plan.devices else []
         first = plan.procs + k * asked.vllm_gpus
         env = {"VLLM_SERVER_DEV_MODE": "1", "CUDA_VISIBLE_DEVICES": ",".join(plan.devices[first : first + asked.vllm_gpus]), MARK: plan.mark}
+        env |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if adapters else {}
         log = plan.logs / (f"vllm-{k}.log" if asked.nodes == 1 and asked.run_id is None else f"{plan.node_name}/vllm-{k}.log")
         servers.append(Server(k, f"http://127.0.0.1:{port}", Command((*argv, *shlex.split(asked.vllm_args)), env, log)))
     return servers
+
+
+def _route_options(plan: Plan) -> tuple[list[str], bool]:
+    """(options of a server for the way that weights take: engine.transfer, whether it takes adapters alone)."""
+    r = plan.loaded.recipe
+    transfer = r.engine.kwargs.get("transfer", "auto")
+    backend = "llmrl_broadcast" if transfer == "broadcast" else "llmrl_file"
+    argv = ["--weight-transfer-config", json.dumps({"backend": backend}, separators=(",", ":"))]
+    adapters = r.model.lora is not None and r.model.lora.quantize is None and transfer in ("auto", "adapter")
+    if adapters and r.model.lora is not None:
+        argv += ["--enable-lora", "--max-lora-rank", str(next((n for n in _RANKS if n >= r.model.lora.rank), r.model.lora.rank))]
+    return argv, adapters
+
+
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for --max-lora-rank."""
 
 
 def _max_model_len(plan: Plan) -> int | None:

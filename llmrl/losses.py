@@ -107,6 +107,28 @@ def ce() -> LossFn:
     return ce
 
 
+def dpo(beta: float = 0.1, *, weight: str = "pair") -> LossFn:
+    """Direct preference optimisation, one number a pair, repeated along the tokens of both its samples: for Terms over="sample".
+
+    l = -log sigmoid(beta * [(log pi(y_w) - log ref(y_w)) - (log pi(y_l) - log ref(y_l))]),  log pi(y) = sum of the sample's logp_T
+    Source: DPO, arXiv:2305.18290 eq. 7. A pair is a cohort of two samples with a positive `weight`; that of the higher reward is preferred.
+    Needs(ref_logp=True, whole_groups=True). Raises ValueError where a cohort is no pair, or its rewards are equal or missing.
+    """
+
+    def dpo(batch: TokenBatch, out: Outputs) -> Tensor:
+        n, on_S = batch.n_samples, seg_sum((batch.weight[weight] > 0).float(), batch.sample_T, batch.n_samples) > 0
+        gain_S = seg_sum(out.logp_T - _ref(out), batch.sample_T, n)
+        off_S = batch.reward_S - seg_mean(batch.reward_S, batch.cohort_S, n, on_S)[batch.cohort_S]
+        size_S = seg_sum(on_S.float(), batch.cohort_S, n)[batch.cohort_S]
+        if bool((on_S & ~((size_S == 2) & (off_S.abs() > 0))).any()):
+            raise ValueError("dpo: a cohort is no pair of samples with different rewards; the rule must have Needs(whole_groups=True) and give pairs")
+        sign_S = torch.where(on_S, off_S, 0.0).sign().to(gain_S)
+        margin_S = seg_sum(sign_S * gain_S, batch.cohort_S, n)[batch.cohort_S]
+        return -torch.nn.functional.logsigmoid(beta * margin_S)[batch.sample_T]
+
+    return dpo
+
+
 def kl_k1() -> LossFn:
     """logp - ref_logp: unbiased for KL(pi, ref) as a value, but its plain gradient is zero in expectation: use it to monitor.
 

@@ -12,6 +12,7 @@ from llmrl import __version__
 from llmrl.checkpoint import write_atomic
 from llmrl.config import HOMES, LoadedRecipe
 from llmrl.plugins import source_hash
+from llmrl.quantize import sizes
 from llmrl.records import InputError
 
 if TYPE_CHECKING:
@@ -35,13 +36,15 @@ def write_manifest(folder: Path, session: Session) -> None:
     """Writes manifest.json."""
     loaded = session.loaded
     model, tables = session.policy.model, session.tables
+    weights, packed, held = sizes(model)
     text = json.dumps(
         {
             "llmrl": __version__, "recipe_file": str(loaded.path), "recipe": loaded.recipe.model_dump(mode="json"), "origins": loaded.origins,
             "plugins": plugin_hashes(loaded), "seed": loaded.recipe.seed, "processes": session.world, "device": str(session.policy.device),
             "verifier": session.scorer.about, "learner": session.learner.held.facts(),
             "model": {
-                "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype).removeprefix("torch."),
+                "class": type(model).__name__, "parameters": weights, "dtype": str(model.dtype).removeprefix("torch."),
+                **({"four_bit_parameters": packed, "bytes": held} if packed else {}),
                 "banned_ids": list(session.policy.banned_ids), "stop_ids": sorted(session.policy.stop_ids),
             },
             "rows": {"train": len(tables.train), "held_out": len(tables.held_out), "dropped": tables.dropped, "overlap": tables.overlap},

@@ -43,6 +43,19 @@ class Memory:
         """The running average up to the step before; None before its first value."""
         return self._averages.get(name)
 
+    def branch(self) -> Memory:
+        """A memory for rollouts that run ahead: it goes on holding what this one holds now. What they remember in it comes back by `join`."""
+        view = Memory(self.cap)
+        view._store = {name: dict(entries) for name, entries in self._store.items()}
+        view._caps, view._averages = dict(self._caps), dict(self._averages)
+        return view
+
+    def join(self, view: Memory) -> None:
+        """Takes over what was remembered and tracked in a branch, as if it had been here."""
+        if view is not self:
+            self._caps.update(view._caps)
+            self._new, self._tracked = self._new + view._new, self._tracked + view._tracked
+
     def end_step(self, gather: Callable[[Any], list[Any]] = lambda mine: [mine]) -> None:
         """Every rank takes over what all ranks remembered in the step, so that all hold the same, whichever rank draws a prompt next.
 
@@ -52,12 +65,11 @@ class Memory:
         for new, caps, tracked in gather((self._new, self._caps, self._tracked)):
             self._caps.update(caps)
             for name, prompt_id, entry in new:
-                entries = self._store.setdefault(name, {}).setdefault(prompt_id, [])
-                entries.append(entry)
-                del entries[: -self._caps.get(name, self.cap)]
+                there = self._store.setdefault(name, {})
+                there[prompt_id] = [*there.get(prompt_id, []), entry][-self._caps.get(name, self.cap) :]  # a new list: a branch keeps the old one
             for name, total, n, decay in tracked:
-                there = sums.setdefault(name, [0.0, 0.0, decay])
-                there[0], there[1] = there[0] + total, there[1] + n
+                pair = sums.setdefault(name, [0.0, 0.0, decay])
+                pair[0], pair[1] = pair[0] + total, pair[1] + n
         for name, (total, n, decay) in sums.items():
             if n:
                 before = self._averages.get(name)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llmrl.attention import NAME, Kernel, PackPlan
 from llmrl.chat import Chat, char_tokenizer
 from llmrl.head import head_logits
+from llmrl.quantize import bitsandbytes, quantize, round_weights, told
 from llmrl.records import InputError
 
 if TYPE_CHECKING:
@@ -110,6 +111,9 @@ def quiet_transformers() -> None:
 def load_policy(cfg: Model, *, base: Path = Path("."), seed: int = 0, device: torch.device | str = "cpu") -> Policy:
     """The policy that `[model]` describes. Raises InputError naming model.path where nothing can be loaded from it."""
     quiet_transformers()
+    four_bit = cfg.lora is not None and cfg.lora.quantize is not None
+    if four_bit:
+        bitsandbytes()  # refused before anything is loaded
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
     if cfg.path == "tiny":
         model, tokenizer = _tiny(cfg, seed)
@@ -117,7 +121,10 @@ def load_policy(cfg: Model, *, base: Path = Path("."), seed: int = 0, device: to
         model, tokenizer = _pretrained(_locate(cfg.path, base), dtype)
     _set_template(tokenizer, cfg, base)
     _no_dropout(model)
-    model = model.to(device=device, dtype=dtype)
+    model = model.to(dtype=dtype)
+    if four_bit:
+        quantize(model, device)  # layer by layer: a device never holds the whole weights
+    model = model.to(device=device)
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:
         raise InputError(f"model.path: {type(model).__name__} does not take attention functions through transformers' AttentionInterface")
@@ -155,7 +162,8 @@ def _add_adapters(policy: Policy, cfg: Model, seed: int, base: str) -> None:
     head = [name for name in names if "lm_head" in name or "embed" in name]
     if head or not names:
         raise InputError(f"model.lora.targets = {cfg.lora.targets!r}: adapters on {head[0] if head else 'nothing'}; name linear layers of the blocks")
-    torch.nn.Module.to(policy.model, dtype=dtype)  # peft makes adapters in fp32; the learner keeps fp32 masters of its own
+    for _, p in trainable(policy.model):
+        p.data = p.data.to(dtype)  # peft makes adapters in fp32; the learner keeps fp32 masters of its own
     policy.lora = True
 
 
@@ -250,21 +258,29 @@ def _auto_tokenizer(where: str) -> Any:
 
 
 def _pretrained(where: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-
     tokenizer = _auto_tokenizer(where)
-    folder = plain_folder(where)
-    adapters = Path(folder) / "adapter_config.json"
     try:
-        if adapters.is_file():
-            from peft import PeftModel
-
-            base = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"]
-            model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), folder)
-            return model.merge_and_unload(), tokenizer
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tokenizer
+        return _whole(plain_folder(where), dtype), tokenizer
     except (OSError, ValueError) as e:
         raise InputError(f"model.path: no causal LM could be loaded from {where!r}: {str(e).splitlines()[0]}") from e
+
+
+def _whole(folder: str, dtype: torch.dtype) -> Any:
+    """The model in a folder (or Hub id); where it holds adapters, merged into their base as it was when they learned."""
+    from transformers import AutoModelForCausalLM
+
+    adapters = Path(folder) / "adapter_config.json"
+    if not adapters.is_file():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    from peft import PeftModel
+
+    rounded = told(Path(folder))
+    base = _whole(json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"], rounded or dtype)
+    if rounded is not None:
+        round_weights(base)
+        base = base.to(dtype)
+    model: Any = PeftModel.from_pretrained(base, folder)
+    return model.merge_and_unload()
 
 
 def plain_folder(where: str) -> str:

@@ -140,8 +140,9 @@ class Plugin(_Section):
 
 class EnginePlugin(Plugin):
     use: str = "hf"
-    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """Steps that rollouts may be behind the weights they train: 0 = none; 1 = the next step's rollouts run during the update."""
+    max_staleness: Natural = 0
+    """Steps that rollouts may be behind the weights they train: 0 = none; 1 = the next step's run during the update; more (vLLM) = those of so
+    many steps are under way, and go on across updates."""
 
 
 class RulePlugin(Plugin):

@@ -50,14 +50,16 @@ def export_model(model: str, out: Path, dtype: str) -> dict[str, Any]:
 def sample_file(
     model: str, data: str, out: Path, *, n: int, temperature: float, top_p: float, max_new_tokens: int, stop: tuple[str, ...], limit: int | None,
     template: str | None, system: str | None, answer_after: str | None, args: dict[str, Any], split: str | None, verifier: str | None,
-    verifier_args: dict[str, Any], dtype: str, seed: int, resume: bool, quiet: bool,
+    verifier_args: dict[str, Any], dtype: str, seed: int, resume: bool, quiet: bool, servers: tuple[str, ...] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Reads prompts, checks them, builds the verifier, only then loads the model; shows a progress bar with the time left."""
+    """Reads prompts, checks them, builds the verifier, only then loads the model; shows a progress bar with the time left.
+
+    servers: addresses of vLLM servers that share the work instead; what they serve is sampled from, and `model` gives the tokenizer.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from llmrl.data import read_prompts
-    from llmrl.recipe import Model
     from llmrl.scoring import Scorer
 
     if dtype not in ("float32", "bfloat16"):
@@ -69,26 +71,47 @@ def sample_file(
     ).prompts  # fmt: skip
     run = plugins.resolve("sample_traces", home=EVALUATORS, base=Path())
     scorer = Scorer(verifier, verifier_args, Path.cwd()) if verifier is not None else None
+    engine: Any = None
+    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
     try:
-        import torch
-
-        from llmrl.hf_engine import HFEngine
-        from llmrl.models import load_policy
-
-        policy = load_policy(Model(path=where, dtype=dtype), base=Path.cwd(), device="cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-        engine = HFEngine(policy)
+        policy, engine = _on_servers(where, servers, console) if servers else _on_this_machine(where, dtype)
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=stop)
         columns = (TextColumn("sampling"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("traces"), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        with Progress(*columns, console=console, disable=quiet) as bar:
             task = bar.add_task("", total=len(prompts) * n)
             new = run(
                 engine, lambda p: policy.chat.prompt_ids(p.messages), prompts, out, n=n, sampling=sampling, seed=seed, model=model,
-                score=scorer.score if scorer else None, resume=resume, each=lambda done: bar.update(task, completed=done),
+                score=scorer.score if scorer else None, text=policy.chat.text, resume=resume, each=lambda done: bar.update(task, completed=done),
             )  # fmt: skip
     finally:
         if scorer:
             scorer.close()
+        if servers and engine is not None:
+            engine.close()
     return {"out": str(out), "new": new, "traces": len(prompts) * n, "prompts": len(prompts), "model": where}
+
+
+def _on_this_machine(where: str, dtype: str) -> tuple[Any, Any]:
+    """(policy, engine)"""
+    import torch
+
+    from llmrl.hf_engine import HFEngine
+    from llmrl.models import load_policy
+    from llmrl.recipe import Model
+
+    policy = load_policy(Model(path=where, dtype=dtype), base=Path.cwd(), device="cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    return policy, HFEngine(policy)
+
+
+def _on_servers(where: str, servers: Sequence[str], console: Any) -> tuple[Any, Any]:
+    """(policy without weights, engine); says where a server serves something else by its own account."""
+    from llmrl.vllm_sampling import connect, is_same
+
+    policy, engine, served = connect(where, servers)
+    for url, what in served.items():
+        if not is_same(where, what):
+            console.print(f"note: {url} serves {what}, which is sampled from; {where} gives only the tokenizer, and the traces its name", markup=False)
+    return policy, engine
 
 
 def score_files(
@@ -96,15 +119,16 @@ def score_files(
 ) -> dict[Path, Any]:
     """One result a file, by the evaluator `use`. Traces without a score are graded by `verifier`; without one they are refused."""
     evaluator = plugins.resolve(use, home=EVALUATORS, base=Path.cwd())
-    read = plugins.resolve("read_traces", home=EVALUATORS, base=Path())
+    read = plugins.resolve("read_any", home=EVALUATORS, base=Path())
     results: dict[Path, Any] = {}
     for file in files:
-        traces = _graded(read(file), file, verifier, verifier_args)
+        traces = graded(read(file), file, verifier, verifier_args)
         results[file] = evaluator(traces, ks=ks, resamples=resamples, seed=seed)
     return results
 
 
-def _graded(traces: Iterator[Any], file: Path, verifier: str | None, verifier_args: dict[str, Any]) -> Iterator[Any]:
+def graded(traces: Iterator[Any], file: Path, verifier: str | None, verifier_args: dict[str, Any]) -> Iterator[Any]:
+    """The traces, those without a verdict judged by `verifier`; without one they are refused."""
     if verifier is None:
         for t in traces:
             if t.status is None and t.score is None:

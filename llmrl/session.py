@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from llmrl import plugins
+from llmrl.ahead import Ahead
 from llmrl.chat import Chat
 from llmrl.config import HOMES, LoadedRecipe, check_plugins
 from llmrl.data import PromptStream, read_prompts, split_holdout
@@ -56,9 +56,8 @@ class Session:
     stream: PromptStream
     memory: Memory = field(default_factory=Memory)
     credit_state: dict[str, Any] = field(default_factory=dict)
-    coming: Future[Any] | None = None
-    """The next step's rollouts, where they run during this step's update."""
-    background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="llmrl-rollouts"))
+    ahead: Ahead[Any] = field(default_factory=Ahead)
+    """Rollouts of the next steps, where they run during this step's update."""
 
     @property
     def recipe(self) -> Recipe:
@@ -73,7 +72,7 @@ class Session:
         return self.accelerator.num_processes
 
     def close(self) -> None:
-        self.background.shutdown(wait=False, cancel_futures=True)
+        self.ahead.close()
         self.scorer.close()
         if hasattr(self.engine, "close"):
             self.engine.close()
@@ -206,6 +205,15 @@ def resolve_strategy(loaded: LoadedRecipe) -> tuple[str, bool]:
     return ("ddp" if strategy == "auto" else strategy), offload
 
 
+def _four_bits_fit(loaded: LoadedRecipe, strategy: str) -> None:
+    lora = loaded.recipe.model.lora
+    if lora is not None and lora.quantize is not None and strategy not in ("auto", "ddp"):
+        raise InputError(
+            f"{loaded.where('model.lora.quantize')}: 4-bit weights cannot be cut into shards, and {strategy} would have nothing else to shard than the "
+            "adapters; set learner.strategy=ddp, or leave model.lora.quantize out"
+        )
+
+
 def make_learner(loaded: LoadedRecipe, plan: tuple[str, bool] | None, policy: Policy, accelerator: Any, temperature: float, engine: Any) -> Learner:
     """The learner under `plan` (strategy, offload). Where an engine generates on the model itself, a sharded learner gets a copy of it."""
     r = loaded.recipe
@@ -258,12 +266,19 @@ def open_session(loaded: LoadedRecipe, *, sharded: bool = True) -> Session:
             f"{loaded.where('model.lora')}: with LoRA the reference model is the model without adapters, which a warm start leaves behind; run the "
             "warm start first (llmrl sft, llmrl export) and set model.path to what it wrote, or leave the KL term out"
         )
+    _four_bits_fit(loaded, r.learner.strategy)
+    if r.model.lora is not None and rule.needs.ref_every:
+        raise InputError(
+            f"{loaded.where('model.lora')}: with LoRA the reference model is the model without adapters, and {r.rule.use} wants the policy at the start "
+            "of each round; train all weights, or use the rule with a fixed reference (exp_dpo: mode = \"offline\")"
+        )
     tables = read_tables(loaded, load_tokenizer(r.model, base=loaded.base))
     _trackers_exist(loaded)
     scorer = scorer_of(loaded)
     engine: Any = None
     try:
         plan = resolve_strategy(loaded) if sharded else None
+        _four_bits_fit(loaded, plan[0] if plan else "ddp")
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=list(r.run.trackers) or None, project_dir=r.run.dir)
         if accelerator.device.type == "cpu":
             _keep_freed_memory()
@@ -271,6 +286,13 @@ def open_session(loaded: LoadedRecipe, *, sharded: bool = True) -> Session:
         policy = load_policy(r.model, base=loaded.base, seed=r.seed, device=accelerator.device)
         connect = plugins.use(r.engine.use, r.engine.kwargs, home=HOMES["engine"], base=loaded.base, where="[engine]")
         engine = connect(policy)
+        if r.engine.max_staleness and getattr(engine, "colocated", False):
+            raise InputError(f"{loaded.where('engine.max_staleness')}: colocated servers sleep while the learner learns; set max_staleness = 0")
+        if r.engine.max_staleness > 1 and not getattr(engine, "streams", False):
+            raise InputError(
+                f"{loaded.where('engine.max_staleness')}: with engine {r.engine.use} all rollouts end before the weights change, so that more than 1 only "
+                'makes them older; set engine.max_staleness = 1, or use vLLM servers (engine.use = "vllm")'
+            )
         _fits(loaded, tables, engine)
         sampling = sampling_of(r)
         learner = make_learner(loaded, plan, policy, accelerator, sampling.temperature, engine)
@@ -282,7 +304,8 @@ def open_session(loaded: LoadedRecipe, *, sharded: bool = True) -> Session:
         if hasattr(engine, "close"):
             engine.close()
         raise
-    return Session(loaded, rule, tables, scorer, accelerator, policy, learner, engine, sampling, stream, credit_state=rule.credit.init())
+    ahead = Ahead(r.engine.max_staleness)
+    return Session(loaded, rule, tables, scorer, accelerator, policy, learner, engine, sampling, stream, credit_state=rule.credit.init(), ahead=ahead)
 
 
 def _trackers_exist(loaded: LoadedRecipe) -> None:

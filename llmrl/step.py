@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -40,32 +40,44 @@ def view_of(samples: Sequence[Sample], learner: Learner, max_new_tokens: int) ->
     )
 
 
-def rollouts(session: Session, step: int, prompts: list[Prompt]) -> tuple[list[Group], RolloutIO]:
-    """The groups of a step, and what was used for them. Touches the engine, the verifier, the memory and the prompts, not the learner."""
-    r = session.recipe
+def rollouts(session: Session, step: int, turn: Callable[[], object] | None = None) -> Callable[[], tuple[list[Group], RolloutIO]]:
+    """Takes the prompts of a step; what it returns makes their groups, and tells what was used for them.
+
+    Touches the engine, the verifier, the memory and the prompts, not the learner. turn: for rollouts that run ahead (ahead.py), waits until
+    more prompts may be taken.
+    """
+    r, stream = session.recipe, session.stream
+
+    def more(n: int) -> list[Prompt]:
+        if turn is not None:
+            turn()
+        return stream.take(n)
+
+    prompts = stream.take(r.rollout.prompts // session.world)
     io = RolloutIO(
-        session.engine, session.scorer, session.policy.chat, session.memory, session.sampling, r.rollout.group, (r.seed, step),
-        steps=r.steps, more_prompts=session.stream.take,
+        session.engine, session.scorer, session.policy.chat, session.memory.branch() if turn else session.memory, session.sampling, r.rollout.group,
+        (r.seed, step), steps=r.steps, more_prompts=more,
     )  # fmt: skip
-    return asyncio.run(session.rule.collect(prompts, io)), io  # type: ignore[arg-type]
+    return lambda: (asyncio.run(session.rule.collect(prompts, io)), io)  # type: ignore[arg-type]
 
 
-def run_step(session: Session, step: int, *, ahead: bool = False) -> tuple[list[Group], list[Tensor], Row]:
+def run_step(session: Session, step: int, *, ahead: int = 0) -> tuple[list[Group], list[Tensor], Row]:
     """Step `step` (from 1): its groups, their advantages (one [n_tokens] tensor a sample, in order), and a row of metrics.
 
-    ahead: the rollouts of the next step run during this one's update, on the weights before it.
+    ahead: the rollouts of so many steps after this one are under way when it ends, see ahead.py.
     """
     r, learner, rule = session.recipe, session.learner, session.rule
-    mine = r.rollout.prompts // session.world
     began, scored = time.perf_counter(), session.scorer.stats()
-    coming, session.coming = session.coming, None
-    groups, io = coming.result() if coming else rollouts(session, step, session.stream.take(mine))
+    coming = session.ahead.take(step)
+    groups, io = coming or rollouts(session, step)()
     seconds = io.seconds
+    if hasattr(session.engine, "sleep"):
+        session.engine.sleep()  # servers on this GPU give their memory back while the learner learns
+    session.memory.join(io.memory)
     session.memory.end_step(learner.gather)
     samples = [s for g in groups for s in g.samples]
-    stale = drop_stale(samples, learner.version, (r.batch.minibatches * r.batch.epochs) if coming else 0)
-    if ahead:
-        session.coming = session.background.submit(rollouts, session, step + 1, session.stream.take(mine))
+    stale = drop_stale(samples, learner.version, r.engine.max_staleness * r.batch.minibatches * r.batch.epochs if coming else 0)
+    session.ahead.begin(step, ahead, lambda n, turn: rollouts(session, n, turn))
     with timed(seconds, "update"):
         for name in _streams_before_credit(rule.needs, updates=r.batch.minibatches * r.batch.epochs):
             learner.add_stream(name, samples, tokens=r.batch.tokens)
@@ -73,8 +85,8 @@ def run_step(session: Session, step: int, *, ahead: bool = False) -> tuple[list[
         adv = list(adv_T.split([len(s.token_ids) for s in samples]))
         learned = learn(session, groups, samples, adv, step)
     with timed(seconds, "wait"):
-        if session.coming:
-            session.coming.exception()  # all of it is in before the weights change under it; what failed is told when it is taken
+        if r.engine.max_staleness == 1:  # all of it is in before the weights change under it
+            session.ahead.settle()
     with timed(seconds, "publish"):
         published = publish(session)
     row = {**rollout_metrics(samples, adv, learner), **rule_metrics(io, learner), **learned, **published}
@@ -112,7 +124,7 @@ def publish(session: Session) -> Row:
     mine, worst = learner.probe(ids), 0.0
     bf16 = session.recipe.model.dtype == "bfloat16"  # SmolLM2 on a right server: mean 0.04, on a single unlikely token up to 0.8 nats
     limit, mean_limit = session.recipe.checks.max_fingerprint_gap or (2.0 if bf16 else 1e-3), 0.15 if bf16 else 1e-3
-    for server, theirs in engine.fingerprint(ids).items():
+    for server, theirs in engine.fingerprint(ids, (limit, max(mean_limit, limit / 10))).items():
         gaps = [abs(a - b) for a, b in zip(mine, theirs, strict=True)]
         gap, place = max((g, k) for k, g in enumerate(gaps))
         worst = max(worst, gap)

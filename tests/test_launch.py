@@ -148,6 +148,20 @@ def test_gpus_go_to_trainers_first_and_then_to_servers() -> None:
     assert first.command.log == Path("runs/math_grpo.logs/vllm-0.log") and "--port 8001" in text
 
 
+def test_servers_are_started_for_the_way_that_weights_take() -> None:
+    def first(*keys: str) -> tuple[str, dict[str, str]]:
+        command = servers_of(make_plan(Asked(MATH, keys, gpus=2, vllm=1), "show"))[0].command
+        return " ".join(command.argv), command.env
+
+    lora = "model.lora={rank=24}"
+    said, env = first(lora)
+    assert "--enable-lora --max-lora-rank 32" in said and '"llmrl_file"' in said and env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+    for keys, backend in (((), "llmrl_file"), (("engine.transfer=broadcast",), "llmrl_broadcast"), ((lora, "engine.transfer=broadcast"), "llmrl_broadcast"),
+                          (("model.lora={quantize='nf4'}",), "llmrl_file")):  # fmt: skip
+        said, env = first(*keys)
+        assert f'"{backend}"' in said and "--enable-lora" not in said and "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in env
+
+
 def test_the_recipes_own_limits_and_engine_keys_are_kept(served: Path) -> None:
     keys = ("eval.data=", "data.holdout=4", f"model.path={served}", "engine.folder=/tmp/w", "engine.in_flight=7", "rollout.max_new_tokens=512")
     plan = make_plan(Asked(MATH, keys, gpus=2, vllm=1), "show")

@@ -1,15 +1,19 @@
-"""engine.max_staleness = 1: the next step's rollouts run during the update, on older weights, and nothing else changes."""
+"""engine.max_staleness: the next steps' rollouts run during the update, on older weights, and nothing else changes."""
 
 import json
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from llmrl.ahead import Ahead
 from llmrl.config import load_recipe
 from llmrl.console import Console
-from llmrl.learner import RunFailed
+from llmrl.learner import Learner, RunFailed
+from llmrl.memory import Memory
 from llmrl.metrics import without_times
 from llmrl.records import InputError, Sample
 from llmrl.samples import read_rows
@@ -17,8 +21,10 @@ from llmrl.scoring import FailureRateError
 from llmrl.session import open_session
 from llmrl.step import drop_stale, run_step
 from llmrl.train import train
-from tests.test_ranks import write_inputs
+from tests.builders import tiny_policy
+from tests.test_ranks import assert_close_rows, write_inputs
 from tests.test_strategies import cut
+from tests.vllm_server import Scripted
 
 KEYS = [
     "rule={use='grpo', mismatch='token_truncate'}",
@@ -116,3 +122,157 @@ def test_stale_samples_are_dropped_and_counted():
         drop_stale([sample(4)], 5, 0)
     with pytest.raises(RunFailed, match="stale rollouts"):
         drop_stale([sample(6)], 5, 1)
+
+
+# ---------------------------------------------------------------- more than one step ahead: rollouts that go on across updates
+
+TURNS = '''"""Rollouts of several requests one after the other, as turns are; they remember when they began, and note what they find."""
+from dataclasses import replace
+
+from llmrl.rollout import make_sample
+from llmrl.records import Group
+from llmrl.rules.grpo import grpo
+
+
+def turns():
+    async def collect(prompts, io):
+        io.note("known", float(len(io.memory.recall("begun", "all"))), 0.0)
+        io.memory.remember("begun", "all", io.step)
+        groups = [Group(p, []) for p in prompts]
+        contexts = [io.chat.prompt_ids(p.messages) for p in prompts]
+        for i in range(io.group):
+            done = io.sample(contexts, [(p.visit_id, i) for p in prompts])
+            verdicts = await io.verify([(p, c.text) for p, c in zip(prompts, done)])
+            for g, context, c, v in zip(groups, contexts, done, verdicts):
+                g.samples.append(make_sample(g.prompt, i, context, c, v))
+        return groups
+
+    return replace(grpo(mismatch="token_truncate"), collect=collect)
+'''
+TWO = ["engine.max_staleness=2", "steps=8", "checkpoint={every=4, keep=9}", "eval.every=4"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
+    folder = tmp_path_factory.mktemp("served")
+    policy = tiny_policy(hidden=32, layers=1, ffn=64)
+    policy.model.config._attn_implementation = "sdpa"
+    policy.model.save_pretrained(folder)
+    policy.chat.tokenizer.save_pretrained(folder)
+    server = Scripted(folder).start()
+    yield server
+    server.kill()
+
+
+def over(server: Scripted, *more: str, latency_s: float = 0.005) -> list[str]:
+    """Keys of a run on the server, which has its first weights and takes `latency_s` a token."""
+    server.wait().control(clear=True, restarted=True, latency_s=latency_s)
+    return [f"engine={{use='vllm', servers=['{server.url}']}}", f"model={{path='{server.model}'}}", *TWO, *more]
+
+
+def begun(folder: Path, name: str, k: int) -> list[dict]:
+    return read_rows(folder / name / "samples" / f"step-{k:06d}.jsonl.gz")
+
+
+def test_rollouts_two_steps_ahead(folder, server, monkeypatch):
+    """Every request of these is in flight before the update: the versions are known. Prompts and their order are those of no overlap at all."""
+    update = Learner.update
+    monkeypatch.setattr(Learner, "update", lambda self, lr: (time.sleep(0.1), update(self, lr))[1])
+    rows = run(folder, "a", *over(server))
+    assert [r["samples/staleness_updates"] for r in rows[1:]] == [0, 1, 2, 2] * 2 and not any(r["samples/stale"] for r in rows[1:])
+    assert [{s["policy_version"] for s in begun(folder, "a", k)} for k in range(1, 9)] == [{0}, {0}, {0}, {1}, {4}, {4}, {4}, {5}]
+    run(folder, "plain", *over(server, "engine.max_staleness=0", latency_s=0))
+    for k in range(1, 9):
+        assert [s["id"] for s in begun(folder, "a", k)] == [s["id"] for s in begun(folder, "plain", k)]
+
+    cut(folder / "a", 4, folder / "b")
+    over(server)
+    again = run(folder, "b", *over(server), resume=True)
+    for k in range(5, 9):
+        assert [s["token_ids"] for s in begun(folder, "a", k)] == [s["token_ids"] for s in begun(folder, "b", k)]
+    for x, y in zip(rows, again, strict=True):
+        for key in without_times(x):
+            if not key.startswith("logp_gap/fingerprint"):
+                assert_close_rows(x[key], y[key], f"step {x['step']} {key}")
+
+
+def test_rollouts_of_many_requests_go_on_across_updates(folder, server):
+    (folder / "turns.py").write_text(TURNS)
+    rows = run(folder, "c", *over(server, f"rule={{use='{folder}/turns.py:turns'}}", latency_s=0.02))
+    mixed = 0
+    for k, row in enumerate(rows[1:], 1):
+        versions = {s["policy_version"] for s in begun(folder, "c", k)}
+        assert all(0 <= (k - 1) - v <= 2 for v in versions)
+        by_prompt: dict[str, set[int]] = {}
+        for s in begun(folder, "c", k):
+            by_prompt.setdefault(s["prompt_id"], set()).add(s["policy_version"])
+        mixed += any(len(v) > 1 for v in by_prompt.values())
+        assert row["samples/stale"] == 0 and row["rule/known"] == [0, 1, 1, 2, 4, 5, 5, 6][k - 1]  # steps that had ended when this one began
+    assert mixed >= 2  # groups that began under one version and ended under the next
+    assert rows[1]["samples/staleness_updates"] == rows[5]["samples/staleness_updates"] == 0
+
+
+def test_samples_may_not_come_from_the_future_or_be_older_than_k():
+    def sample(version: int) -> Sample:
+        return Sample(str(version), "p", [1], [2], [-1.0], version, reward=1.0)
+
+    samples = [sample(v) for v in (9, 7, 6, 5)]
+    assert drop_stale(samples, 9, 3)["samples/stale"] == 1.0 and [s.reward for s in samples] == [1.0, 1.0, 1.0, None]
+
+
+def test_more_than_one_needs_an_engine_that_takes_weights_between_requests(folder):
+    with pytest.raises(InputError, match=r"engine.max_staleness: .* set engine.max_staleness = 1, or use vLLM"):
+        run(folder, "e", "engine.max_staleness=2")
+
+
+def test_draws_of_prompts_have_one_order():
+    ahead: Ahead[int] = Ahead(2)
+    drawn: list[tuple[str, int]] = []
+
+    def make(n: int, turn: Callable[[], object]) -> Callable[[], int]:
+        drawn.append(("first", n))
+
+        def work() -> int:
+            turn()
+            drawn.append(("more", n))
+            return n
+
+        return work
+
+    assert ahead.take(1) is None
+    ahead.begin(1, 2, make)
+    assert ahead.take(2) == 2
+    time.sleep(0.1)
+    assert drawn == [("first", 2), ("first", 3), ("more", 2)]  # step 3 waits for its turn
+    ahead.begin(2, 2, make)
+    assert ahead.take(3) == 3 and drawn == [("first", 2), ("first", 3), ("more", 2), ("first", 4), ("more", 3)]
+    with pytest.raises(RuntimeError, match="step 4 are next"):
+        ahead.take(5)
+    ahead.close()
+
+
+def test_closing_lets_go_of_rollouts_that_wait():
+    ahead: Ahead[None] = Ahead(2)
+    ended = threading.Event()
+    ahead.begin(1, 2, lambda n, turn: lambda: (turn(), n == 3 and ended.set(), None)[-1])
+    assert not ended.wait(0.1)
+    ahead.close()
+    assert ended.wait(5)
+
+
+def test_a_branch_of_the_memory_keeps_what_it_held():
+    memory = Memory(cap=2)
+    memory.remember("x", "p", 1)
+    memory.end_step()
+    early, late = memory.branch(), memory.branch()
+    early.remember("x", "p", 2)
+    early.track("mean", 6.0, 2.0, decay=0.5)
+    assert early.recall("x", "p") == [1, 2] and late.recall("x", "p") == [1] == memory.recall("x", "p")
+    memory.join(early)
+    memory.end_step()
+    late.remember("x", "p", 3)
+    assert memory.recall("x", "p") == [1, 2] and memory.average("mean") == 3.0 and late.recall("x", "p") == [1, 3] and late.average("mean") is None
+    memory.join(late)
+    memory.join(memory)
+    memory.end_step()
+    assert memory.recall("x", "p") == [2, 3] and memory.state_dict()["store"] == {"x": {"p": [2, 3]}}

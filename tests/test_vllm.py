@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import os
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,12 @@ from llmrl.console import Console
 from llmrl.learner import Learner, RunFailed
 from llmrl.metrics import MetricLog
 from llmrl.models import _converted, find_smollm2, load_policy
-from llmrl.recipe import Model
+from llmrl.recipe import Lora, Model
 from llmrl.records import Request, Sampling
 from llmrl.step import publish
 from llmrl.train import train, warm_start_only
 from llmrl.vllm_engine import vllm
+from tests.test_engine_adapters import grown
 from tests.test_engine_contract import ONE, learner_logp, moved, real_only, requests, save_sharp
 from tests.test_engine_updates import session_like
 from tests.vllm_server import Real, ask
@@ -53,7 +56,7 @@ def measure(seconds: float, text: str) -> None:
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Real]]:
     here = tmp_path_factory.mktemp("tied")
     model = save_sharp(here / "model", tied=True)
-    server = Real(model, here / "log").start()
+    server = Real(model, here / "log", backend="llmrl_file").start()
     try:
         yield model, server.wait()
     finally:
@@ -120,6 +123,92 @@ class TestWeights:
                 assert engine.fingerprint(probe)[server.url] == pytest.approx(Learner(policy, ONE).probe(probe), abs=1e-5)  # type: ignore[arg-type]
         finally:
             engine.close()
+
+
+# ---------------------------------------------------------------- broadcast, adapters, sleep
+
+
+@pytest.fixture(scope="class")
+def two_real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Real]]]:
+    here = tmp_path_factory.mktemp("two")
+    model = save_sharp(here / "model")
+    servers = [Real(model, here / f"log{k}", lora=True).start() for k in range(2)]
+    try:
+        yield model, [s.wait() for s in servers]
+    finally:
+        for s in servers:
+            s.kill()
+
+
+def assert_learners(engine: Any, policy: Any) -> None:
+    asked = requests(16)
+    done = engine.generate(asked)
+    for c, want in zip(done, learner_logp(policy, asked, done, 1.0), strict=True):
+        assert c.logprobs == pytest.approx(want, abs=1e-4)
+
+
+class TestRoutes:
+    @pytest.mark.parametrize("transfer", ["adapter", "broadcast", "file"])
+    def test_every_route_brings_the_learners_weights_and_servers_sleep_between(self, two_real: tuple[Path, list[Real]], transfer: str) -> None:
+        """With LoRA: alone by the first, merged by the others. A CPU server's sleep frees nothing, but it takes the calls."""
+        folder, servers = two_real
+        policy = load_policy(Model(path=str(folder), lora=Lora(rank=4, alpha=8)))
+        engine = vllm(servers=[s.url for s in servers], request_s=60, deadline_s=60, transfer=transfer, colocated=transfer != "broadcast")(policy)  # type: ignore[arg-type]
+        try:
+            session = session_like(engine, policy)
+            for version in range(1, 4):
+                grown(policy, version)
+                session.learner.version = version
+                began = time.perf_counter()
+                gap = publish(session)["logp_gap/fingerprint_nats"]
+                measure(time.perf_counter() - began, f"{transfer}: fingerprint gap {gap:.2g} nats")
+                assert gap < 1e-4  # type: ignore[operator]
+                assert_learners(engine, policy)
+                engine.sleep()
+                assert all(_get(s.url, "/is_sleeping")["is_sleeping"] == engine.colocated for s in servers)
+            publish(session)
+            probe = [1, 5, 9, 12, 7, 14]
+            assert engine.score([(probe[:2], probe[2:])] * 4) == [pytest.approx(Learner(policy, ONE).probe(probe)[1:], abs=1e-4)] * 4  # type: ignore[arg-type]
+        finally:
+            engine.close()
+
+    def test_a_server_killed_in_a_broadcast_is_left_out_and_comes_back(self, two_real: tuple[Path, list[Real]]) -> None:
+        folder, servers = two_real
+        policy = load_policy(Model(path=str(folder)))
+        engine = vllm(servers=[s.url for s in servers], request_s=30, deadline_s=300, transfer="broadcast")(policy)
+        try:
+            session = session_like(engine, policy)
+            publish(session)
+            moved(policy)
+
+            def weights() -> Iterator[Any]:
+                for k, row in enumerate(policy.model.named_parameters()):
+                    if k == 12 and servers[1].process is not None and servers[1].process.poll() is None:
+                        os.killpg(servers[1].process.pid, signal.SIGKILL)
+                        servers[1].process.wait()
+                    yield row
+
+            began = time.perf_counter()
+            engine.load_weights(1, weights)
+            measure(time.perf_counter() - began, f"an update in which one of two servers was killed: {engine.servers[1].down}")
+            assert engine.servers[1].down and not engine.servers[0].down
+            assert_learners(engine, policy)
+            servers[1].start().wait()
+            end = time.monotonic() + 60
+            while engine.servers[1].down and time.monotonic() < end:
+                time.sleep(0.2)
+            assert not engine.servers[1].down  # by files
+            moved(policy, 2)
+            session.learner.version = 2
+            assert publish(session)["logp_gap/fingerprint_nats"] < 1e-4  # type: ignore[operator]
+            assert_learners(engine, policy)
+        finally:
+            engine.close()
+
+
+def _get(url: str, path: str) -> Any:
+    with urllib.request.urlopen(url + path, timeout=10) as answer:
+        return json.loads(answer.read())
 
 
 # ---------------------------------------------------------------- whole runs

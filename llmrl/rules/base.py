@@ -69,6 +69,8 @@ class Needs:
     """Entropy of the next-token distribution, with gradient."""
     whole_groups: bool = False
     """All samples of a group in the same micro-batch, so that a loss may compare them."""
+    ref_every: int = 0
+    """With ref_logp: the reference model is the policy at the start of the present round of so many steps; 0 = at the start of the run."""
 
 
 @dataclass(frozen=True)
