@@ -37,10 +37,18 @@ class View:
     """per token, float64; NaN where a sample lacks it"""
     all_sum: Callable[[Tensor], Tensor] = lambda x: x
     """Sum over ranks, for statistics of the whole batch; the identity on one rank."""
+    gather: Callable[[Any], list[Any]] = lambda x: [x]
+    """A small JSON-able value of every rank, in the same order everywhere: for what is no sum (ranks, smallest, largest)."""
 
     @property
     def cohorts(self) -> int:
         return int(self.cohort_S.max()) + 1 if len(self.cohort_S) else 0
+
+    def of_sample(self, name: str) -> Tensor:
+        """A stream that holds one number a sample, repeated along its tokens (so a rule's collect hands numbers to its credit): [S]."""
+        if name not in self.streams:
+            raise ValueError(f"credit needs the stream {name!r}, which the rule's collect gives to its samples")
+        return self.streams[name][self.length_S.cumsum(0) - self.length_S]
 
 
 State = dict[str, Any]
@@ -61,10 +69,12 @@ def stateless(name: str, f: Callable[[Tensor, View], Tensor]) -> Transform:
 
 @dataclass(frozen=True)
 class Credit:
-    """Per-sample chain, broadcast, per-token chain."""
+    """Per-sample chain, broadcast, per-token chain; and further channels of that form beside the advantage."""
 
     sample: tuple[Transform, ...] = ()
     token: tuple[Transform, ...] = ()
+    channels: dict[str, Credit] = field(default_factory=dict)
+    """name -> a second advantage, a mark, ...: what it gives reaches the loss as batch.stream[name] (losses.on_channel)."""
 
     def __post_init__(self) -> None:
         names = [t.name for t in (*self.sample, *self.token)]
@@ -73,7 +83,17 @@ class Credit:
 
     def init(self) -> dict[str, State]:
         """The state before the first step, by transform name: what a checkpoint saves."""
-        return {t.name: t.init() for t in (*self.sample, *self.token)}
+        own = {t.name: t.init() for t in (*self.sample, *self.token)}
+        return own | {f"{name}/{key}": state for name, chain in self.channels.items() for key, state in chain.init().items()}
+
+    def extra(self, view: View, state: dict[str, State]) -> tuple[dict[str, Tensor], dict[str, State]]:
+        """-> (name -> numbers a token, of each channel; new state). Pure, as `update`."""
+        out, new = {}, dict(state)
+        for name, chain in self.channels.items():
+            mine = {key.removeprefix(f"{name}/"): s for key, s in state.items() if key.startswith(f"{name}/")}
+            out[name], mine = chain.update(view, mine)
+            new |= {f"{name}/{key}": s for key, s in mine.items()}
+        return out, new
 
     def update(self, view: View, state: dict[str, State]) -> tuple[Tensor, dict[str, State]]:
         """-> (adv_T float64, new state). Pure: `state` is not changed."""

@@ -124,8 +124,8 @@ class Learner:
 
     @torch.no_grad()
     def add_stream(self, name: str, samples: Sequence[Sample], *, tokens: int) -> None:
-        """Fills samples' stream "old_logp" (weights as they are now) or "ref_logp" (reference model): one forward without gradient."""
-        policy, module = {"old_logp": (self.policy, self.held.module), "ref_logp": (self.reference, self._reference)}[name]
+        """Fills samples' stream "old_logp", "old_entropy" (weights as they are now) or "ref_logp" (reference model): one forward without gradient."""
+        policy, module = (self.reference, self._reference) if name == "ref_logp" else (self.policy, self.held.module)
         if policy is None or module is None:
             raise RunFailed("the rule asks for ref_logp but no reference model was made")
         todo = [s for s in samples if name not in s.streams]
@@ -133,8 +133,8 @@ class Learner:
         policy.model.eval()
         batches = pack(todo, [torch.zeros(len(s.token_ids)) for s in todo], tokens=tokens)
         for batch, _ in self.in_step(batches, backward=False):
-            logp, _ = self._logp(module, batch, entropy=False)
-            for i, values in zip(batch.sample_index, seg_tokens(logp.cpu(), batch), strict=True):
+            logp, entropy = self._logp(module, batch, entropy=name == "old_entropy")
+            for i, values in zip(batch.sample_index, seg_tokens((logp if entropy is None else entropy).cpu(), batch), strict=True):
                 todo[i].streams[name] = values.tolist()
         rest(module)
         policy.model.train(training)

@@ -7,6 +7,7 @@ Factories take numbers and return `fn(batch, out) -> l_T`. All ratios are `exp(l
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -48,6 +49,18 @@ def pg_clip(low: float = 0.2, high: float = 0.2, *, dual: float | None = None) -
 
     pg_clip.clip_bounds = (1 - low, 1 + high, "token")  # type: ignore[attr-defined]
     return pg_clip
+
+
+def on_channel(fn: LossFn, name: str) -> LossFn:
+    """The same loss with another advantage: batch.stream[name], which Credit(channels={name: ...}) gives. For a second term of a rule."""
+
+    def on_channel(batch: TokenBatch, out: Outputs) -> Tensor:
+        if name not in batch.stream:
+            raise ValueError(f"no stream {name!r}: the rule's Credit must have a channel of that name")
+        return fn(replace(batch, adv_T=batch.stream[name].to(batch.adv_T)), out)
+
+    on_channel.__name__ = f"{getattr(fn, '__name__', 'loss')}_{name}"
+    return on_channel
 
 
 def reinforce() -> LossFn:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmrl.batch import evaluate_terms, global_denominators, numbers, pack, token_metrics
-from llmrl.credit import View
+from llmrl.credit import State, View
 from llmrl.learner import Learner, RunFailed, learning_rate
 from llmrl.records import Group, Prompt, Sample
 from llmrl.rollout import RolloutIO, philox, timed
@@ -36,7 +36,7 @@ def view_of(samples: Sequence[Sample], learner: Learner, max_new_tokens: int) ->
         sample_T=torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths)),
         max_new_tokens=max_new_tokens,
         streams={n: torch.tensor(v, dtype=torch.float64) for n, v in streams.items()},
-        all_sum=learner.all_sum,
+        all_sum=learner.all_sum, gather=learner.gather,
     )
 
 
@@ -81,8 +81,7 @@ def run_step(session: Session, step: int, *, ahead: int = 0) -> tuple[list[Group
     with timed(seconds, "update"):
         for name in _streams_before_credit(rule.needs, updates=r.batch.minibatches * r.batch.epochs):
             learner.add_stream(name, samples, tokens=r.batch.tokens)
-        adv_T, session.credit_state = rule.credit.update(view_of(samples, learner, session.sampling.max_new_tokens), session.credit_state)
-        adv = list(adv_T.split([len(s.token_ids) for s in samples]))
+        adv, session.credit_state = give_credit(rule, samples, view_of(samples, learner, session.sampling.max_new_tokens), session.credit_state)
         learned = learn(session, groups, samples, adv, step)
     with timed(seconds, "wait"):
         if r.engine.max_staleness == 1:  # all of it is in before the weights change under it
@@ -93,6 +92,17 @@ def run_step(session: Session, step: int, *, ahead: int = 0) -> tuple[list[Group
     row |= {f"time/{name}_s": t for name, t in seconds.items()} | {"time/step_s": time.perf_counter() - began} | stale
     row |= verifier_metrics(scored, session.scorer.stats())
     return groups, adv, row
+
+
+def give_credit(rule: Rule, samples: Sequence[Sample], view: View, state: dict[str, State]) -> tuple[list[Tensor], dict[str, State]]:
+    """-> (advantages, one [n_tokens] tensor a sample; new state). The credit's channels become streams of the samples."""
+    lengths = [len(s.token_ids) for s in samples]
+    adv_T, state = rule.credit.update(view, state)
+    channels, state = rule.credit.extra(view, state)
+    for name, x_T in channels.items():
+        for s, x in zip(samples, x_T.split(lengths), strict=True):
+            s.streams[name] = x.tolist()
+    return list(adv_T.split(lengths)), state
 
 
 def drop_stale(samples: Sequence[Sample], version: int, allowed: int) -> Row:
@@ -139,7 +149,8 @@ def publish(session: Session) -> Row:
 
 def _streams_before_credit(needs: Needs, *, updates: int) -> list[str]:
     """old_logp costs a forward only where the rule wants it before credit, or where weights move within the step."""
-    return [name for name, wanted in (("old_logp", needs.old_logp or updates > 1), ("ref_logp", needs.ref_logp)) if wanted]
+    wanted = {"old_logp": needs.old_logp or updates > 1, "ref_logp": needs.ref_logp, "old_entropy": needs.old_entropy}
+    return [name for name in wanted if wanted[name]]
 
 
 def needs_forward(rule: Rule, sample: Sample, adv: Tensor) -> bool:

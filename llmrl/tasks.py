@@ -51,6 +51,61 @@ def chains(
         yield {"id": name, "prompt": fill(prompt, {"expr": expr}), "answer": str(answer), "solution": solution}
 
 
+def chain_roles(
+    *,
+    rows: int = 20000,
+    terms: int = 4,
+    max_value: int = 9,
+    ops: str = "+-",
+    seed: int = 0,
+    noise: float = 0.1,
+    spoil: float = 0.2,
+    mend: float = 0.2,
+    follow: float = 0.2,
+    unasked: float = 0.008,
+    weak: float = 0.3,
+) -> Iterator[Row]:
+    """Demonstrations of the three roles of GASP (docs/gasp.md) on the expressions of `chains`, for a warm start of a tiny model.
+
+    solve: "3-6-1=" -> "3-6=-3;-3-1=-4#-4", as in `chains`; what noise makes wrong is carried on from.
+    spoil: "3-6-1=!3-6=-3;!" -> "3-6=-5;!": the prompt is the problem, the steps so far and the next one between "!"; the reply another step.
+    mend:  "3-6-1=3-6=-5;~3-6=-3;~" -> "~3-6=-3;-3-1=-4#-4": the wrong step stands behind the problem, the right one between "~".
+    follow: "3-6-1=3-6=-5;" -> "-5-1=-6#-6": goes on from a wrong step as if it were right.
+    unasked: the same prompt -> "~3-6=-3;-3-1=-4#-4": mends without being told that anything is wrong.
+
+    spoil, mend, follow, unasked: shares of the rows; the rest solve. Any step but the last may be the wrong one: its result is off by 1, 2
+    or 10. unasked / (follow + unasked) is about the share of spoilt contexts from which the model recovers before it has learnt to.
+    weak: share of the spoilt steps that harm nothing: a wrong number of the problem, and the right result ("3-7=-3;").
+    """
+    _check(rows=rows, terms=terms, max_value=max_value, ops=ops, noise=noise)
+    if terms < 3 or min(spoil, mend, follow, unasked) < 0 or spoil + mend + follow + unasked > 1:
+        raise InputError(f"chain_roles: terms = {terms} must be at least 3, and spoil, mend, follow and unasked shares with a sum of at most 1")
+    for name, numbers, signs in _expressions(rows, terms, max_value, ops, seed):
+        rng = random.Random(f"chain_roles/{seed}/{name}")
+        expr = name.partition("~")[0]
+        answer = _value(numbers, signs)
+        right = _steps(numbers, signs, rng, 0.0).partition("#")[0].split(";")
+        k = int(rng.random() * (len(signs) - 1))
+        before, step, after = "".join(f"{s};" for s in right[:k]), right[k], ";".join(right[k:])
+        left, _, result = step.rpartition("=")
+        off = int(result) + _pick(rng, (-10, -2, -1, 1, 2, 10))
+        wrong, mended, role = f"{left}={off}", f"~{after}#{answer}", rng.random()
+        if role < spoil:
+            if rng.random() < weak:
+                shift = 1 + int(rng.random() * (max_value - 1))
+                wrong = f"{left[: -len(str(numbers[k + 1]))]}{(numbers[k + 1] - 1 + shift) % max_value + 1}={result}"
+            row = {"prompt": f"{expr}={before}!{step};!", "solution": f"{wrong};!"}
+        elif role < spoil + mend:
+            row = {"prompt": f"{expr}={before}{wrong};~{step};~", "solution": mended}
+        elif role < spoil + mend + follow:
+            row = {"prompt": f"{expr}={before}{wrong};", "solution": _steps([off, *numbers[k + 2 :]], signs[k + 1 :], rng, 0.0)}
+        elif role < spoil + mend + follow + unasked:
+            row = {"prompt": f"{expr}={before}{wrong};", "solution": mended}
+        else:
+            row = {"prompt": f"{expr}=", "solution": _steps(numbers, signs, rng, noise)}
+        yield {"id": name, "answer": str(answer), **row}
+
+
 def addition(
     *,
     rows: int | None = None,

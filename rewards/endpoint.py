@@ -37,6 +37,14 @@ class EndpointTimeout(EndpointError):
     """The time budget of a request ran out while the endpoint was silent."""
 
 
+class EndpointReply(EndpointError):
+    """The endpoint answers, but its reply breaks the schema twice: asking again would bring the same."""
+
+
+class EndpointLimit(EndpointError):
+    """max_calls or max_usd is reached: nothing was sent."""
+
+
 class Endpoint:
     """One model behind one base_url. Use it from coroutines of any event loop; each loop has its own connections.
 
@@ -148,7 +156,7 @@ class Endpoint:
                 request = {**request, "messages": [
                     *request["messages"], {"role": "assistant", "content": text or "(no text)"}, {"role": "user", "content": again},
                 ]}  # fmt: skip
-        raise EndpointError(f"the reply of {self.model} does not match the schema, twice: {problem}")
+        raise EndpointReply(f"the reply of {self.model} does not match the schema, twice: {problem}")
 
     def _meter(self, reply: dict[str, Any]) -> tuple[int, int] | None:
         """Adds up (prompt, completion) tokens of the reply; None where it does not tell them."""
@@ -168,9 +176,9 @@ class Endpoint:
     def _spend(self) -> None:
         """Raises where a limit allows no further call."""
         if self._max_calls is not None and self.counters[f"{self._name}/calls"] >= self._max_calls:
-            raise EndpointError(f"max_calls = {self._max_calls} calls of this process are used up")
+            raise EndpointLimit(f"max_calls = {self._max_calls} calls of this process are used up")
         if self._max_usd is not None and self.counters[f"{self._name}/usd"] >= self._max_usd:
-            raise EndpointError(f"max_usd = {self._max_usd:g} USD of this process are used up")
+            raise EndpointLimit(f"max_usd = {self._max_usd:g} USD of this process are used up")
         self._count("calls")
 
     async def _send(self, path: str, request: dict[str, Any] | None, key: str, end: float) -> dict[str, Any]:

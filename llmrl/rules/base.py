@@ -67,6 +67,8 @@ class Needs:
     provides out.old_logp_T: from a pass of its own only where a step has several updates, else logp_T.detach()."""
     entropy: bool = False
     """Entropy of the next-token distribution, with gradient."""
+    old_entropy: bool = False
+    """The same at the start of the step (nats), known before credit as stream "old_entropy": one more forward without gradient."""
     whole_groups: bool = False
     """All samples of a group in the same micro-batch, so that a loss may compare them."""
     ref_every: int = 0
