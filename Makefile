@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench clean vllm-env test-vllm
+.PHONY: quickstart test lint bench clean vllm-env test-vllm replicate-%
 
 quickstart: .venv/run.stamp
 	$(BIN)/llmrl train recipes/quickstart.toml --overwrite
@@ -21,6 +21,10 @@ bench: .venv/dev.stamp
 	$(BIN)/python scripts/bench.py
 	$(BIN)/python scripts/bench_scoring.py
 	$(BIN)/python scripts/bench_rollout.py
+
+# Arms and seeds of recipes/replication/NAME/study.toml; what is done is kept in runs/replication and not done again.
+replicate-%: .venv/run.stamp
+	$(BIN)/python scripts/replicate.py recipes/replication/$*/study.toml
 
 # vLLM has an environment of its own: VLLM_ENV, by default .venv-vllm.
 VLLM_ENV ?= .venv-vllm
