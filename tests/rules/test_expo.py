@@ -214,6 +214,9 @@ def test_the_explanation_is_no_member_of_its_group(tmp_path):
         def all_sum(self, v):
             return v
 
+        def gather(self, v):
+            return [v]
+
     def adv(samples):
         a_T, _ = rule.credit.update(view_of(samples, One(), 16), rule.credit.init())
         return {s.id: a.tolist() for s, a in zip(samples, a_T.split([len(s.token_ids) for s in samples]), strict=True)}

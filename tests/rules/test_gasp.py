@@ -91,7 +91,7 @@ def advantages(rule, groups):
     samples = [s for g in groups for s in g.samples]
 
     class One:
-        all_sum = staticmethod(lambda x: x)
+        all_sum, gather = staticmethod(lambda x: x), staticmethod(lambda x: [x])
 
     adv, _ = rule.credit.update(view_of(samples, One(), 40), rule.credit.init())  # type: ignore[arg-type]
     return {s.id: a for s, a in zip(samples, adv.split([len(s.token_ids) for s in samples]), strict=True)}
