@@ -242,8 +242,9 @@ def draw(runner: Runner, seeds: list[int], out: Path) -> None:
         ax.grid(alpha=0.3)
     for ax in list(axes.flat)[len(curves) :]:
         ax.axis("off")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=9)
+    entries = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    labels = [arm for arm in runner.study.arms if arm in entries]
+    figure.legend([entries[arm] for arm in labels], labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
 

@@ -315,8 +315,8 @@ def test_nothing_outlives_the_launch(number: signal.Signals, fake: str, tmp_path
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     launcher = subprocess.Popen([sys.executable, str(tmp_path / "launcher.py"), fake, port, str(tmp_path)], env={**os.environ, "PYTHONPATH": str(REPO)})
     try:
-        deadline = time.monotonic() + 30
-        while len(list(tmp_path.glob("up-*"))) < 2 and time.monotonic() < deadline:
+        deadline = time.monotonic() + 90
+        while (len(list(tmp_path.glob("up-*"))) < 2 or len(marked(f"test-{port}")) < 7) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert len(marked(f"test-{port}")) >= 7  # server, its child, torchrun, two ranks and their children
         launcher.send_signal(number)
