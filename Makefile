@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench clean vllm-env test-vllm replicate-%
+.PHONY: quickstart test lint bench clean vllm-env test-vllm replicate-% replicate-vgf
 
 quickstart: .venv/run.stamp
 	$(BIN)/llmrl train recipes/quickstart.toml --overwrite
@@ -25,6 +25,9 @@ bench: .venv/dev.stamp
 # Arms and seeds of recipes/replication/NAME/study.toml; what is done is kept in runs/replication and not done again.
 replicate-%: .venv/run.stamp
 	$(BIN)/python scripts/replicate.py recipes/replication/$*/study.toml
+
+replicate-vgf: .venv/run.stamp
+	$(BIN)/python scripts/replicate_vgf.py
 
 # vLLM has an environment of its own: VLLM_ENV, by default .venv-vllm.
 VLLM_ENV ?= .venv-vllm

@@ -10,6 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from llmrl.reward_command import reward
+from llmrl.rule_list import rules
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="RL post-training of language models that cannot be silently wrong.",
@@ -56,6 +59,9 @@ def sft(recipe: RecipePath, overrides: Overrides = None, overwrite: Overwrite = 
         out(json.dumps(summary))
 
 
+app.command("reward")(reward)
+
+
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="A transformers folder, a Hub id, smollm2, or a run directory (its last checkpoint)")],
@@ -78,6 +84,14 @@ def sample(
     engine: Annotated[str | None, typer.Option(help="hf, or vllm: running servers, which MODEL names the tokenizer of")] = None,
     server: Annotated[list[str] | None, typer.Option(metavar="URL", help="A vLLM server; several share the work")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    transport: Annotated[str | None, typer.Option(help="vgf: move the samples along a reward model's gradient; docs/vgf.md")] = None,
+    reward_model: Annotated[str | None, typer.Option(metavar="FOLDER", help="--transport: what is followed; `llmrl reward` makes one")] = None,
+    flow_steps: Annotated[int, typer.Option("-L", "--flow-steps", min=0, help="--transport: steps; 0 = best-of-N")] = 4,
+    eps: Annotated[float, typer.Option(min=0.0, help="--transport: step size, in distances to a token's nearest neighbour")] = 1.0,
+    velocity: Annotated[str, typer.Option(help="--transport: independent, svgd, pooled")] = "independent",
+    candidates: Annotated[int, typer.Option(min=0, help="--transport: decode among the model's so many likeliest tokens; 0 = all")] = 0,
+    guard: Annotated[float, typer.Option(help="--transport: nats per token a text may become less likely; below 0 = no guard")] = 0.5,
+    second_reward: Annotated[str | None, typer.Option(metavar="FOLDER", help="--transport: another reward model that only looks on")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where --out exists")] = False,
     json_: Json = False,
 ) -> None:  # fmt: skip
@@ -87,12 +101,20 @@ def sample(
 
     if engine not in (None, "hf", "vllm") or (engine == "vllm") > bool(server) or (engine == "hf" and server):
         raise InputError(f"--engine {engine}: expected hf, or vllm with --server http://HOST:PORT (several times for several)")
-    result = sample_file(
-        model, data, out, n=n, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(stop or ()), limit=limit,
-        template=template, system=system, answer_after=answer_after, args=_json("--args", args), split=split, verifier=verifier,
-        verifier_args=_json("--verifier-args", verifier_args), dtype=dtype, seed=seed, resume=not restart, quiet=json_,
-        servers=tuple(server or ()),
-    )  # fmt: skip
+    how: dict[str, Any] = {
+        "n": n, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "stop": tuple(stop or ()), "limit": limit,
+        "template": template, "system": system, "answer_after": answer_after, "args": _json("--args", args), "split": split, "verifier": verifier,
+        "verifier_args": _json("--verifier-args", verifier_args), "dtype": dtype, "seed": seed, "resume": not restart, "quiet": json_,
+        "servers": tuple(server or ()),
+    }  # fmt: skip
+    if transport is not None or reward_model is not None or second_reward is not None:
+        from llmrl.transport_sampling import chosen, summary, transport_file
+
+        move = chosen(transport, reward_model, flow_steps, eps, velocity, candidates, guard)
+        result = transport_file(model, data, out, move, reward_model=str(reward_model), second_reward=second_reward, **how)
+        _print(result, json_, summary(result))
+        return
+    result = sample_file(model, data, out, **how)
     _print(result, json_, f"{result['new']} new traces, {result['traces']} in all -> {out}")
 
 
@@ -472,6 +494,9 @@ def show(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -
     from llmrl.config import show as render
 
     render(load_recipe(recipe, overrides or []), as_json=json_)
+
+
+app.command("rules")(rules)
 
 
 def _print(result: dict[str, Any], as_json: bool, line: str) -> None:

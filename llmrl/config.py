@@ -11,10 +11,10 @@ import json
 import re
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -60,11 +60,13 @@ __all__ = [
     "WarmStart",
     "check_plugins",
     "load_recipe",
+    "load_sections",
     "resolved",
     "show",
 ]
 
 Origin = Literal["default", "file", "override"]
+M = TypeVar("M", bound=BaseModel)
 
 HOMES = {"engine": "llmrl.*_engine", "rule": "llmrl.rules", "verifier": "llmrl.rewards"}
 """Where the bare names of the plug-in sections are looked up."""
@@ -89,6 +91,16 @@ class LoadedRecipe:
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> LoadedRecipe:
     """Read, override, check. Raises one InputError with a line for every problem. Plug-ins are not imported: see `check_plugins`."""
+    return LoadedRecipe(*load_sections(Recipe, path, overrides, _PATHS, _cross_checks))
+
+
+def load_sections(
+    kind: type[M], path: str | Path, overrides: Iterable[str], paths: Iterable[str], cross: Callable[[M], list[tuple[str, str]]] = lambda recipe: []
+) -> tuple[M, dict[str, Origin], Path, Path, dict[str, int]]:
+    """What `LoadedRecipe` holds, of any recipe model with a section [run]: checked as `load_recipe` says.
+
+    paths: dotted keys whose values are file paths where they look like one. cross: (key, message) of every problem between sections.
+    """
     path = Path(path)
     text = _read(path)
     try:
@@ -96,13 +108,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> LoadedRecipe
     except tomllib.TOMLDecodeError as exc:
         raise InputError(f"{path}: not valid TOML: {exc}") from exc
     base, lines = path.resolve().parent, _lines(text)
-    _anchor(tree, base, _PATHS)
+    _anchor(tree, base, paths)
     origins: dict[str, Origin] = {key: "file" for key, _ in _leaves(tree)}
     overridden: set[str] = set()
     problems: list[str] = []
     for override in overrides:
         try:
-            key, value = _override(tree, override)
+            key, value = _override(tree, override, paths)
         except InputError as exc:
             problems.append(str(exc))
             continue
@@ -111,18 +123,18 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> LoadedRecipe
         origins |= {k: "override" for k, _ in _leaves({key: value})} if value is not None else {}
     if isinstance(run := tree.setdefault("run", {}), dict):
         run.setdefault("dir", f"runs/{path.stem}")
-    found = list(_missing_files(tree))
+    found = list(_missing_files(tree, paths))
     try:
         # JSON strictness is TOML's: an array may become a tuple and 1 a float, but "8" is no int
-        recipe = Recipe.model_validate_json(json.dumps(tree, default=str), strict=True)
-        found += _cross_checks(recipe)
+        recipe = kind.model_validate_json(json.dumps(tree, default=str), strict=True)
+        found += cross(recipe)
     except ValidationError as exc:
         recipe = None
-        found += [_explain(dict(e), overridden) for e in exc.errors()]
+        found += [_explain(dict(e), overridden, kind) for e in exc.errors()]
     problems += [f"{_where(path, lines, overridden, key)}: {message}" for key, message in found]
     if recipe is None or problems:
         raise InputError("\n".join(problems))
-    return LoadedRecipe(recipe, {k: origins.get(k, "default") for k, _ in _leaves(recipe.model_dump())}, path, base, lines)
+    return recipe, {k: origins.get(k, "default") for k, _ in _leaves(recipe.model_dump())}, path, base, lines
 
 
 def check_plugins(loaded: LoadedRecipe) -> None:
@@ -159,7 +171,7 @@ def _read(path: Path) -> str:
         raise InputError(f"{path}: not UTF-8 text, as TOML must be: {exc}") from exc
 
 
-def _override(tree: dict[str, Any], override: str) -> tuple[str, Any]:
+def _override(tree: dict[str, Any], override: str, paths: Iterable[str]) -> tuple[str, Any]:
     """Put `a.b=value` into the tree; returns key and value. A value that is no TOML is a string: quotes rarely survive a shell.
 
     `a.b=` takes the key, or the whole section, out of the file: back to the default.
@@ -184,7 +196,7 @@ def _override(tree: dict[str, Any], override: str) -> tuple[str, Any]:
         part[name] = parsed["it"] if len(parsed) == 1 else text
     except tomllib.TOMLDecodeError:
         part[name] = text
-    _anchor(own, Path.cwd(), (*_PATHS, *(f"{section}.use" for section in HOMES)))
+    _anchor(own, Path.cwd(), (*paths, *(f"{section}.use" for section in HOMES)))
     at[name] = part[name]
     return ".".join([*sections, name]), part[name]
 
@@ -214,8 +226,8 @@ def _anchor(tree: dict[str, Any], base: Path, keys: Iterable[str]) -> None:
             table[name] = f"{prefix}{(base / Path(file).expanduser()).resolve()}{obj}"
 
 
-def _missing_files(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for key in _PATHS:
+def _missing_files(tree: dict[str, Any], paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for key in paths:
         table, name = _parent(tree, key)
         value = table.get(name)
         if not isinstance(value, str) or not value.startswith("/") or "*" in value:
@@ -260,21 +272,21 @@ def _where(path: Path, lines: Mapping[str, int], overridden: Iterable[str], key:
     return f"{path}: {key}" if line is None else f"{path}, line {line}: {key}"
 
 
-def _explain(error: dict[str, Any], overridden: set[str]) -> tuple[str, str]:
+def _explain(error: dict[str, Any], overridden: set[str], root: type[BaseModel]) -> tuple[str, str]:
     """(dotted key, message) of one pydantic error."""
     loc = [part for part in error["loc"] if part != "[key]"]
     key, kind = ".".join(map(str, loc)), error["type"]
-    siblings = _fields(_model_at(loc[:-1]))
+    siblings = _fields(_model_at(loc[:-1], root))
     if kind == "extra_forbidden":
         close = plugins.nearest(str(loc[-1]), siblings)
         return key, "unknown key" + (f'; nearest: "{close}"' if close else "") + f"; valid keys: {', '.join(siblings)}"
     if kind == "missing":
-        inside = _model_at(loc)
+        inside = _model_at(loc, root)
         needs = [n for n, f in inside.model_fields.items() if f.is_required()] if inside else []
         mend = f"add a section [{key}] with {', '.join(needs)}" if needs else f"add {loc[-1]} = ..."
         field = siblings.get(str(loc[-1]))
         return key, f"missing; {mend}" + (f" ({field.description})" if field and field.description and not needs else "")
-    if kind in ("model_type", "model_attributes_type") or (kind == "dict_type" and _model_at(loc)):
+    if kind in ("model_type", "model_attributes_type") or (kind == "dict_type" and _model_at(loc, root)):
         return key, f"got {error['input']!r}, expected a section [{key}]"
     got = error["input"]
     message = f"got {got!r} ({type(got).__name__}): {error['msg'].removeprefix('Value error, ')}"
@@ -283,8 +295,8 @@ def _explain(error: dict[str, Any], overridden: set[str]) -> tuple[str, str]:
     return key, message
 
 
-def _model_at(loc: Iterable[Any]) -> type[BaseModel] | None:
-    model: type[BaseModel] | None = Recipe
+def _model_at(loc: Iterable[Any], root: type[BaseModel]) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = root
     for part in loc:
         field = model.model_fields.get(str(part)) if model else None
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []

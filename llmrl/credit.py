@@ -34,7 +34,7 @@ class View:
     """long; the sample that a token belongs to; tokens of a sample are consecutive"""
     max_new_tokens: int = 0
     streams: dict[str, Tensor] = field(default_factory=dict)
-    """per token, float64; NaN where a sample lacks it"""
+    """per token, float64; NaN where a sample lacks it. "behavior_logp" is always there, others by Needs and by what collect gives."""
     all_sum: Callable[[Tensor], Tensor] = lambda x: x
     """Sum over ranks, for statistics of the whole batch; the identity on one rank."""
     gather: Callable[[Any], list[Any]] = lambda x: [x]
@@ -140,7 +140,7 @@ def scale_batch(*, eps: float = 1e-4) -> Transform:
     """
 
     def f(a_S: Tensor, view: View) -> Tensor:
-        _, var = _moments(view.reward_S, view.scored_S.double(), view)
+        _, var = moments(view.reward_S, view.scored_S.double(), view)
         return a_S / (var.sqrt() + eps)
 
     return stateless("scale_batch", f)
@@ -208,7 +208,7 @@ def whiten(*, eps: float = 1e-8) -> Transform:
     """
 
     def f(a_T: Tensor, view: View) -> Tensor:
-        mean, var = _moments(a_T, view.scored_S[view.sample_T].double(), view)
+        mean, var = moments(a_T, view.scored_S[view.sample_T].double(), view)
         return (a_T - mean) / (var + eps).sqrt()
 
     return stateless("whiten", f)
@@ -222,7 +222,7 @@ def _k1(view: View) -> Tensor:
     return torch.where(view.scored_S[view.sample_T], k1, 0.0)  # an unscored sample may have none, and NaN spreads through a cumsum
 
 
-def _moments(x: Tensor, w: Tensor, view: View) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, w: Tensor, view: View) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of x under 0/1 weights, over all ranks; two passes, so large offsets do not cancel."""
     n, total = view.all_sum(torch.stack([w.sum(), (w * x).sum()]))
     mean = total / n.clamp(min=1)

@@ -1,43 +1,305 @@
-"""Token-level value-gradient transport for language models (VGF, arXiv:2604.14265). Stub: bodies are being filled."""
+"""Value-gradient transport of a language model's responses (VGF, arXiv:2604.14265, its language-model part), at test time.
+
+Responses of the policy are lifted to the reward model's input embeddings, moved for L steps along the reward's gradient, decoded once to the
+nearest tokens, and scored again; `best` picks the winner. No weight changes. The paper's: whole responses as particles, a frozen
+differentiable reward model, one decode, best-of-N at the end. Its token-level details are not public, so these are OUR CHOICE: the step in
+units of rho, the forms "independent" and "pooled", nearest-row decoding, the guard, the candidates, and that special tokens (the end token
+among them) stay where they are, so a response never changes its length.
+
+What the reward model reads is the context's ids followed by the response's ids, the same ids that the policy reads: it needs the same tokenizer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-Item = tuple[Sequence[int], Sequence[int]]
-"""(context ids, response ids): what the reward model reads is their concatenation, nothing else."""
+import torch
+from torch import Tensor
+
+from llmrl import transport as core
+from llmrl.batch import pack
+from llmrl.frozen_reward import Item, RewardModel, padded
+from llmrl.hf_engine import PREFILL_TOKENS, HFEngine
+from llmrl.models import Policy
+from llmrl.records import Sample
+
+__all__ = ["Item", "Moved", "RewardModel", "best", "diagnostics", "equal_compute", "transport"]
+LogProbs = Callable[[Sequence[Item]], list[list[float]]]
+"""Log-prob (nats) of each token of each response behind its context."""
+Slopes = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""u [N, T, D] -> (reward [N], its gradient [N, T, D])"""
+Form = Literal["independent", "svgd", "pooled"]
+CHUNK = 1 << 16
+"""Response tokens that are moved together, at most; the responses of one prompt always are."""
 
 
 @dataclass(frozen=True)
 class Moved:
-    """A response before and after transport."""
+    """A response after transport."""
 
     token_ids: list[int]
+    """Decoded; the sampled ones where the guard put them back."""
     reward_before: float
+    """Of the sampled tokens."""
     reward_flowed: float
+    """Of the embeddings after the last step. Minus reward_after: what decoding lost."""
     reward_after: float
+    """Of token_ids."""
     changed_share: float
+    """Of token_ids, those that are not the sampled ones."""
     ref_drop: float
+    """Mean log-prob per token of the sampled text minus that of the decoded one (nats), which the guard judges; 0 where no token changed."""
     kept: bool
+    """False where the guard put the sampled tokens back."""
+    displacement: float = 0.0
+    """Mean distance that a position that may move went, in units of rho."""
 
 
-class RewardModel:
-    """A frozen sequence-classification model with one label."""
+# ---------------------------------------------------------------- flow and decoding
 
-    @classmethod
-    def load(cls, folder: str | Path, device: str = "cpu") -> RewardModel:
-        raise NotImplementedError
 
-    def score(self, items: Sequence[Item]) -> list[float]:
-        raise NotImplementedError
+def flow_embeddings(
+    slopes: Slopes, u_NTD: Tensor, moves_NT: Tensor, groups: Sequence[Sequence[int]], *, steps: int, eps: float, rho: float | None,
+    velocity: Form = "independent", alpha: float = 1.0, bandwidth: float | None = None, optimizer: Literal["plain", "adam"] = "plain",
+    present_NT: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """(embeddings after `steps` steps, the rewards before each step). Positions outside moves_NT stay, bit for bit.
+
+    groups: numbers of the particles of each prompt; only "svgd" and "pooled" let them see each other. rho: a plain step is normalised to
+    eps * rho for the fastest position of a particle (core.normalised); None = eps * velocity as it is. adam: every coordinate moves by about
+    eps * rho / sqrt(D) a step, so that a position moves by about eps * rho. present_NT: the tokens that are there (default: those that move).
+    """
+    u, seen = u_NTD.clone(), []
+    there = moves_NT if present_NT is None else present_NT
+    adam = core.Adam(eps * (1.0 if rho is None else rho / u.shape[-1] ** 0.5))
+    for _ in range(steps if eps else 0):
+        r, g = slopes(u)
+        seen.append(r)
+        phi = _velocity(u, g * moves_NT[..., None], there, groups, velocity, alpha, bandwidth) * moves_NT[..., None]
+        move = adam(phi) if optimizer == "adam" else eps * (phi if rho is None else core.normalised(phi, moves_NT, rho))
+        u = torch.where(moves_NT[..., None], u + move, u)
+    return u, seen
+
+
+def _velocity(u: Tensor, g: Tensor, there: Tensor, groups: Sequence[Sequence[int]], form: Form, alpha: float, bandwidth: float | None) -> Tensor:
+    if form == "independent":
+        return core.independent(g, alpha=alpha)
+    phi = torch.empty_like(g)
+    for own in groups:
+        x, s = u[own], g[own]
+        if form == "svgd":  # the literal formula: a padded position counts as the zero vector
+            flat = (x * there[own][..., None]).flatten(1)[None]
+            phi[own] = core.svgd(flat, s.flatten(1)[None], alpha=alpha, bandwidth=bandwidth)[0].view_as(x)
+        else:
+            phi[own] = core.pooled(x[None], s[None], there[own][None], alpha=alpha, bandwidth=bandwidth)[0]
+    return phi
+
+
+def nearest_rows(u_MD: Tensor, table_VD: Tensor, free_V: Tensor, own_M: Tensor) -> Tensor:
+    """argmin_v |u - E_v|^2 over the rows with free_V, [M]; a tie goes to `own` (the sampled token), so what has not moved stays."""
+    out = torch.empty_like(own_M)
+    half = 0.5 * table_VD.square().sum(1).masked_fill(~free_V, torch.inf)
+    for a in range(0, len(u_MD), 1024):
+        u, own = u_MD[a : a + 1024], own_M[a : a + 1024]
+        few = (u @ table_VD.T - half).topk(min(8, int(free_V.sum()))).indices  # by products, which round; then by the differences themselves
+        out[a : a + 1024] = _closest(u, table_VD, torch.cat([own[:, None], few], 1))
+    return out
+
+
+def _closest(u_MD: Tensor, table_VD: Tensor, among_MK: Tensor) -> Tensor:
+    d2 = (u_MD[:, None] - table_VD[among_MK]).square().sum(-1)
+    return among_MK.gather(1, d2.argmin(1, keepdim=True))[:, 0]  # argmin: the first of equals
+
+
+def restricted_rows(
+    policy: Policy, items: Sequence[Item], u_NTD: Tensor, moves_NT: Tensor, table_VD: Tensor, free_V: Tensor, k: int
+) -> list[list[int]]:
+    """Nearest rows among the policy's k likeliest tokens given the already decoded prefix, and the sampled token itself.
+
+    All positions are decoded at once behind a guess (at first: the sampled tokens), again and again until nothing changes: position t is
+    right once those before it are, so this ends with what decoding one by one gives, after as many forwards as tokens at most.
+    """
+    own = [torch.tensor(list(t), device=u_NTD.device) for _, t in items]
+    now, todo = [list(t) for _, t in items], list(range(len(items)))
+    while todo:
+        changed = []
+        for i, top in zip(todo, _top(policy, [(items[i][0], now[i]) for i in todo], k), strict=True):
+            n = len(now[i])
+            top = torch.where(free_V[top := top.to(u_NTD.device)], top, own[i][:, None])
+            found = _closest(u_NTD[i, :n], table_VD, torch.cat([own[i][:, None], top], 1))
+            new = torch.where(moves_NT[i, :n], found, own[i]).tolist()
+            changed += [i] if new != now[i] else []
+            now[i] = new
+        todo = changed
+    return now
+
+
+@torch.no_grad()
+def _top(policy: Policy, items: Sequence[Item], k: int) -> list[Tensor]:
+    """The k likeliest tokens at each place of each response, [T, k]."""
+    out: list[Tensor] = [torch.empty(0)] * len(items)
+    samples = [Sample(str(i), str(i), list(c), list(t), None, 0) for i, (c, t) in enumerate(items)]
+    training = policy.model.training
+    policy.model.eval()
+    try:
+        for batch in pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=PREFILL_TOKENS):
+            b = batch.to(policy.device)
+            hidden = policy.hidden(b.ids_P, b.positions_P, b.plan(policy.kernel)).index_select(0, b.source_T)
+            top = torch.cat([policy.logits(part).topk(min(k, policy.head[0].shape[0])).indices for part in hidden.split(1024)])
+            for i, own in zip(b.sample_index, top.split([len(samples[i].token_ids) for i in b.sample_index]), strict=True):
+                out[i] = own
+    finally:
+        policy.model.train(training)
+    return out
+
+
+# ---------------------------------------------------------------- transport
 
 
 def transport(
-    policy: Any, reward: RewardModel, items: Sequence[Item], *, steps: int, eps: float, velocity: Literal["independent", "svgd", "pooled"] = "independent",
-    alpha: float = 1.0, bandwidth: float | None = None, optimizer: Literal["plain", "adam"] = "plain", guard: float | None = 0.5, candidates: int = 0,
-    seed: int = 0,
+    policy: Policy | LogProbs, reward: RewardModel, items: Sequence[Item], *, steps: int, eps: float, velocity: Form = "independent", alpha: float = 1.0,
+    bandwidth: float | None = None, optimizer: Literal["plain", "adam"] = "plain", guard: float | None = 0.5, candidates: int = 0, seed: int = 0,
 ) -> list[Moved]:  # fmt: skip
-    raise NotImplementedError
+    """Moves sampled responses along the reward's gradient and decodes them once; one Moved an item, in order.
+
+    Items with the same context are the particles of one prompt. steps: L; eps: step size in units of rho, the distance to a token's nearest
+    neighbour; steps = 0 or eps = 0 returns the sampled tokens. guard: a decoded text whose mean log-prob per token is more than so many nats
+    below the sampled one's is put back (None = off). candidates: decode among the policy's so many likeliest tokens (0 = all rows).
+    alpha matters where velocities are mixed ("svgd", "pooled"); a normalised step forgets it for "independent". bandwidth None = median
+    heuristic. policy: the reference; a function that gives log-probs will do, with candidates = 0. seed: of the rows that rho is measured on.
+    """
+    if steps < 0 or eps < 0 or alpha <= 0 or candidates < 0:
+        raise ValueError(f"steps = {steps}, eps = {eps} and candidates = {candidates} must not be negative, alpha = {alpha} must be positive")
+    if not isinstance(policy, Policy) and candidates:
+        raise ValueError("candidates needs the policy itself, not only its log-probs")
+    if isinstance(policy, Policy):
+        reward.must_share(policy.chat.tokenizer)
+    fixed = sorted({*policy.stop_ids, *policy.banned_ids}) if isinstance(policy, Policy) else []
+    free = reward.free(fixed=fixed).to(reward.table.device)
+    logp = HFEngine(policy).score if isinstance(policy, Policy) else policy
+    how = {"steps": steps, "eps": eps, "velocity": velocity, "alpha": alpha, "bandwidth": bandwidth, "optimizer": optimizer}
+    done: dict[int, Moved] = {}
+    for groups in _chunks(items):
+        numbers = [i for own in groups for i in own]
+        place = {i: k for k, i in enumerate(numbers)}
+        some = [items[i] for i in numbers]
+        moved = _move(policy, reward, some, [[place[i] for i in own] for own in groups], free, candidates, seed, how)
+        done |= dict(zip(numbers, _check(logp, reward, some, moved, guard), strict=True))
+    return [done[i] for i in range(len(items))]
+
+
+def _chunks(items: Sequence[Item]) -> Iterator[list[list[int]]]:
+    """Numbers of the items, by prompt, up to CHUNK response tokens at a time."""
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for i, (c, _) in enumerate(items):
+        by_context.setdefault(tuple(c), []).append(i)
+    part: list[list[int]] = []
+    for own in by_context.values():
+        if part and sum(len(items[i][1]) for g in [*part, own] for i in g) > CHUNK:
+            yield part
+            part = []
+        part.append(own)
+    if part:
+        yield part
+
+
+def _move(
+    policy: Policy | LogProbs, reward: RewardModel, items: Sequence[Item], groups: Sequence[Sequence[int]], free_V: Tensor, candidates: int, seed: int,
+    how: dict[str, Any],
+) -> list[Moved]:  # fmt: skip
+    """Flow and decoding, nothing judged yet: reward_after and ref_drop are those of the sampled tokens."""
+    contexts = [c for c, _ in items]
+    ids, lengths = padded([t for _, t in items])
+    table = reward.table.detach()
+    table = table if table.dtype in (torch.float32, torch.float64) else table.float()  # small steps vanish in bf16
+    here = ids.to(table.device)
+    present = torch.arange(ids.shape[1], device=table.device) < torch.tensor(lengths, device=table.device)[:, None]
+    moves, start = present & free_V[here], table[here] * present[..., None]
+    rho = reward.rho(seed)
+    u, seen = flow_embeddings(lambda at: reward.slopes(contexts, ids, lengths, at), start, moves, groups, rho=rho, present_NT=present, **how)
+    with torch.no_grad():
+        flowed = reward.value(contexts, ids, lengths, u).tolist()
+    if candidates and isinstance(policy, Policy) and seen:
+        new = restricted_rows(policy, items, u, moves, table, free_V, candidates)
+    else:
+        decoded = here.clone()
+        if seen:
+            decoded[moves] = nearest_rows(u[moves], table, free_V, here[moves])
+        new = [row[:n] for row, n in zip(decoded.tolist(), lengths, strict=True)]
+    far = ((u - start).norm(dim=-1) * moves).sum(1) / moves.sum(1).clamp(min=1) / rho
+    before = seen[0].tolist() if seen else flowed
+    return [
+        Moved(y, b, f, b, sum(x != z for x, z in zip(y, t, strict=True)) / len(t), 0.0, True, d)
+        for y, b, f, (_, t), d in zip(new, before, flowed, items, far.tolist(), strict=True)
+    ]
+
+
+def _check(logp: LogProbs, reward: RewardModel, items: Sequence[Item], moved: Sequence[Moved], guard: float | None) -> list[Moved]:
+    """The guard, then the reward of what is left changed."""
+    out, changed = list(moved), [i for i, m in enumerate(moved) if m.changed_share]
+    asked = [pair for i in changed for pair in (items[i], (items[i][0], moved[i].token_ids))]
+    mean = [sum(row) / len(row) for row in logp(asked)] if asked else []
+    for i, was, now in zip(changed, mean[::2], mean[1::2], strict=True):
+        out[i] = replace(moved[i], ref_drop=was - now)
+        if guard is not None and not was - now <= guard:  # a NaN is put back too
+            out[i] = replace(out[i], token_ids=list(items[i][1]), changed_share=0.0, kept=False)
+    left = [i for i in changed if out[i].kept]
+    for i, r in zip(left, reward.score([(items[i][0], out[i].token_ids) for i in left]), strict=True):
+        out[i] = replace(out[i], reward_after=r)
+    return out
+
+
+# ---------------------------------------------------------------- selection, diagnostics, cost
+
+
+def best(moved: Sequence[Moved]) -> int:
+    """The number of the response with the highest reward of its decoded tokens; the first of equals."""
+    return max(range(len(moved)), key=lambda i: (moved[i].reward_after, -i))
+
+
+def diagnostics(items: Sequence[Item], moved: Sequence[Moved], *, second: RewardModel | None = None, space: RewardModel | None = None) -> dict[str, float]:
+    """Means over the responses: what transport did and what decoding left of it.
+
+    ref_drop is that of decoded texts before the guard, over those that changed; guarded_share: of those, the ones put back. second: rewards of
+    another model before and after (over-optimisation shows as a rise of the first alone). space: its embeddings give mmd, the budget
+    used: MMD between a prompt's sampled and decoded responses (mean embeddings, RBF, median width of the sampled ones), mean over prompts.
+    """
+    n = max(1, len(moved))
+    tried = [m for m in moved if m.changed_share or not m.kept]
+    row = {name: sum(getattr(m, name) for m in moved) / n for name in ("reward_before", "reward_flowed", "reward_after", "changed_share", "displacement")}
+    row |= {"decoding_loss": row["reward_flowed"] - row["reward_after"], "moved_share": sum(bool(m.changed_share) for m in moved) / n}
+    row |= {"ref_drop": sum(m.ref_drop for m in tried) / max(1, len(tried)), "guarded_share": sum(not m.kept for m in tried) / max(1, len(tried))}
+    after = [(c, m.token_ids) for (c, _), m in zip(items, moved, strict=True)]
+    if second is not None:
+        row |= {"second_before": sum(second.score(items)) / n, "second_after": sum(second.score(after)) / n}
+    if space is not None:
+        row["mmd"] = _mmd(space, items, after)
+    return row
+
+
+def _mmd(space: RewardModel, before: Sequence[Item], after: Sequence[Item]) -> float:
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for i, (c, _) in enumerate(before):
+        by_context.setdefault(tuple(c), []).append(i)
+    table, found = space.table.detach().double(), []
+
+    def mean(items: Sequence[Item], own: Sequence[int]) -> Tensor:
+        return torch.stack([table[torch.tensor(list(items[i][1]), device=table.device)].mean(0) for i in own])[None]
+
+    for own in by_context.values():
+        x, y = mean(before, own), mean(after, own)
+        width = core.median_width(x) if len(own) > 1 else x.new_tensor([2 * space.rho() ** 2])
+        found.append(float(core.mmd2(x, y, (width / 2).sqrt())[0]) ** 0.5)
+    return sum(found) / max(1, len(found))
+
+
+def equal_compute(n: int, steps: int, *, generate: float, score: float, reference: float = 0.0) -> float:
+    """N' of the best-of-N' that costs what transport of n responses costs. Costs of one response, in seconds or FLOPs, all alike.
+
+    generate: sampling it; score: one forward of the reward model; reference: one teacher-forced forward of the policy (0 without guard).
+    n (generate + (3 L + 2) score + 2 reference) / (generate + score) for L > 0: a backward pass counts as two forwards; the last forward
+    before decoding and that of the decoded tokens are the 2. n for L = 0.
+    """
+    return n * (generate + (3 * steps + 2) * score + 2 * reference) / (generate + score) if steps else float(n)

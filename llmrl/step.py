@@ -27,6 +27,7 @@ def view_of(samples: Sequence[Sample], learner: Learner, max_new_tokens: int) ->
     lengths = [len(s.token_ids) for s in samples]
     names = {n for s in samples for n in s.streams}
     streams = {n: [x for s, k in zip(samples, lengths, strict=True) for x in (s.streams.get(n) or [float("nan")] * k)] for n in names}
+    streams["behavior_logp"] = [x for s, k in zip(samples, lengths, strict=True) for x in (s.behavior_logp or [float("nan")] * k)]
     return View(
         reward_S=torch.tensor([0.0 if s.reward is None else s.reward for s in samples], dtype=torch.float64),
         scored_S=torch.tensor([s.reward is not None for s in samples]),

@@ -16,7 +16,8 @@ PLUGINS = {"llmrl.records", "llmrl.plugins"}
 ALLOWED = {
     "llmrl.rewards": {*PLUGINS, "llmrl.rewards", "llmrl.scoring"},  # scoring: selfcheck proves a verifier in real worker processes
     "llmrl.evaluation": {*PLUGINS, "llmrl.evaluation", "llmrl.engine", "llmrl.rewards"},
-    "llmrl.rules": {*PLUGINS, "llmrl.rules", "llmrl.credit", "llmrl.losses", "llmrl.segment", "llmrl.rollout", "llmrl.templates"},
+    "llmrl.rules": {*PLUGINS, "llmrl.rules", "llmrl.credit", "llmrl.losses", "llmrl.segment", "llmrl.rollout", "llmrl.templates"}
+    | {"llmrl.transport", "llmrl.lm_transport"},  # what vgf does to samples; it works on token ids and a reward model, and knows no rule
 }
 
 

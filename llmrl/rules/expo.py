@@ -191,6 +191,8 @@ def exp_dpo(
 
 
 exp_dpo.min_group = 1  # type: ignore[attr-defined]
+expo.cost = "up to `resample` explanations a prompt more, scored once"  # type: ignore[attr-defined]
+exp_dpo.cost = "up to `resample` explanations a prompt more (online)"  # type: ignore[attr-defined]
 
 
 async def make_pairs(how: x.Explainer, prompts: Sequence[Prompt], io: RolloutIO) -> list[tuple[x.Explanation, Sample] | None]:

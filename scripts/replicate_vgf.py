@@ -1,0 +1,329 @@
+"""VGF in small: everything by one command, one table and one figure in REPLICATION.md.
+
+    python scripts/replicate_vgf.py [--seeds 0,1,2] [--jobs 2] [--report] [--fresh]
+
+A seed: the reference (a warm start), its samples, pairs labelled by noisy gold, two reward models of other halves of the samples (the second only
+looks on), then on the same held-out prompts: best-of-N, transport at every L, and policies trained on the same pairs or the same reward model.
+Gold is a formula (recipes/replication/vgf/ring.py) that no arm sees. What is done is kept below runs/replication/vgf/ and not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from replicate import REPO, T975, write_section
+
+HERE = REPO / "recipes" / "replication" / "vgf"
+TASK, GOLD = f"{HERE / 'ring.py'}:prompts", f"{HERE / 'ring.py'}:gold"
+STUDY: dict[str, Any] = {}
+"""The study file's keys; see recipes/replication/vgf/study.toml."""
+
+
+class Seed:
+    """One seed's folder and steps; each step leaves a file by which it is known to be done."""
+
+    def __init__(self, seed: int, work: Path):
+        self.seed, self.work, self.log = seed, work / f"seed-{seed}", work / f"seed-{seed}.log"
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.start = self.work / "start"
+
+    def llmrl(self, *args: str) -> dict[str, Any]:
+        """Runs a command and returns its JSON. Raises RuntimeError naming the log."""
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        with self.log.open("ab") as errors:
+            errors.write(f"$ llmrl {' '.join(args)}\n".encode())
+            errors.flush()
+            done = subprocess.run([sys.executable, "-m", "llmrl", *args, "--json"], cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=errors, check=False)
+        if done.returncode:
+            raise RuntimeError(f"`llmrl {args[0]}` ended with {done.returncode}; see {self.log}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def sample(self, model: Path, out: str, rows: int, seed: int, n: int) -> Path:
+        file = self.work / out
+        if not file.exists():
+            self.llmrl("sample", str(model), "--data", TASK, "--args", json.dumps({"rows": rows, "seed": seed}), "--out", str(file), "-n", str(n),
+                       "--max-new-tokens", "16", "--verifier", GOLD, "--seed", str(self.seed))  # fmt: skip
+        return file
+
+    # ------------------------------------------------------------ what all arms share
+
+    def prepare(self) -> None:
+        """Reference, samples, pairs, both reward models."""
+        if not (self.start / "summary.json").exists():
+            self.llmrl("sft", str(HERE / "small.toml"), f"seed={self.seed}", f"run.dir={self.start}", "--overwrite")
+        train = self.sample(self.start, "train.jsonl.gz", STUDY["train_prompts"], 2, 8)
+        if not (self.work / "pairs-0.jsonl").exists():
+            self.write_pairs(train)
+        for k in (0, 1):
+            run = self.work / f"reward-{k}"
+            if not (run / "summary.json").exists():
+                self.llmrl("reward", str(HERE / "reward.toml"), f"seed={self.seed + 100 * k}", f"model.path={self.start / 'model'}", "model.tiny=",
+                           f"pairs.path={self.work / f'pairs-{k}.jsonl'}", f"run.dir={run}", "--overwrite")  # fmt: skip
+        self.sample(self.start, "eval.jsonl.gz", STUDY["eval_prompts"], 3, STUDY["pool"] + STUDY["against"])
+
+    def write_pairs(self, train: Path) -> None:
+        """Samples 0 to 3 of a prompt make two pairs for the reward model (DPO: the first), 4 to 7 for the second. P(first preferred) = sigmoid(gap / tau)."""
+        rng = random.Random(f"labels/{self.seed}")
+        for k in (1, 0):
+            rows, dpo = [], []
+            own = [list(group)[4 * k : 4 * k + 4] for _, group in groupby(traces(train), key=lambda t: t.prompt_id)]
+            for a, b in [pair for ts in own for pair in (ts[:2], ts[2:])]:
+                if rng.random() > 1 / (1 + math.exp((b.score - a.score) / STUDY["tau"])):
+                    a, b = b, a
+                if a.response != b.response and a.response and b.response:
+                    rows.append({"prompt": a.prompt, "chosen": a.response, "rejected": b.response, "right": a.score > b.score})
+                    if a.sample in (4 * k, 4 * k + 1):
+                        dpo.append({"id": a.prompt_id, "context_ids": context_of(self.start, a), "chosen": a.token_ids, "rejected": b.token_ids, "version": 0})
+            (self.work / f"dpo-{k}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in dpo), encoding="utf-8")
+            (self.work / f"pairs-{k}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+
+    # ------------------------------------------------------------ arms
+
+    def test_time(self) -> None:
+        """Best-of-N and transport on the same samples; one row of numbers an arm and a prompt."""
+        from llmrl.lm_transport import RewardModel, equal_compute
+        from llmrl.models import load_policy
+        from llmrl.recipe import Model
+        from llmrl.scoring import Scorer
+        from llmrl.transport_sampling import move_traces
+
+        out = self.work / "test-time.json"
+        if out.exists():
+            return
+        policy = load_policy(Model(path=str(self.start / "model")))
+        reward, second = (RewardModel.load(self.work / f"reward-{k}" / "reward_model") for k in (0, 1))
+        groups = [list(g) for _, g in groupby(traces(self.work / "eval.jsonl.gz"), key=lambda t: t.prompt_id)]
+        n, pool = STUDY["n"], STUDY["pool"]
+        arms: dict[str, list[dict[str, Any]]] = {"reference": [own_row(g[0], [t.score for t in g[pool:]]) for g in groups]}
+        items = [(policy.chat.prompt_ids(t.messages), t.token_ids) for g in groups for t in g[:pool]]
+        scores, others = reward.score(items), second.score(items)
+        extra = sorted({round(equal_compute(n, s, generate=1, score=1, reference=1)) for s in STUDY["steps"]})
+        for size in [n, *[x for x in extra if x <= pool]]:
+            arms[f"best of {size}"] = best_of(groups, scores, others, pool, size)
+        with Scorer(GOLD, {}, REPO) as scorer:
+            for name, how in [(f"VGF, L = {s}{label}", transport_of(s, how)) for label, how in STUDY["transports"].items() for s in STUDY["steps"]]:
+                began = time.perf_counter()
+                moved = list(move_traces(policy, reward, [t for g in groups for t in g[:n]], how, second=second, score=scorer.score, raw=False, prompts=100))
+                arms[name] = [moved_row(moved[k * n : (k + 1) * n], [t.score for t in g[pool:]]) for k, g in enumerate(groups)]
+                print(f"seed {self.seed}: {name} in {time.perf_counter() - began:.0f} s", flush=True)
+        out.write_text(json.dumps(arms), encoding="utf-8")
+
+    def trained(self, arm: str) -> None:
+        """A policy trained by the study's overrides, and one sample of it a prompt."""
+        run, out = self.work / slug(arm), self.work / f"{slug(arm)}.json"
+        if out.exists():
+            return
+        if not (run / "summary.json").exists():
+            names = {"{work}": str(self.work), "{reward}": str(self.work / "reward-0" / "reward_model"), "{task}": TASK}
+            args = [f"seed={self.seed}", f"run.dir={run}", f"model.path={self.start / 'model'}", "model.tiny=", "warm_start=", *STUDY["arms"][arm]]
+            for mark, value in names.items():
+                args = [a.replace(mark, value) for a in args]
+            self.llmrl("train", str(HERE / "small.toml"), *args, "--overwrite")
+        file = self.sample(run, f"{slug(arm)}.jsonl.gz", STUDY["eval_prompts"], 3, STUDY["n"])
+        from llmrl.lm_transport import RewardModel
+
+        reward, second = (RewardModel.load(self.work / f"reward-{k}" / "reward_model") for k in (0, 1))
+        groups = [list(g) for _, g in groupby(traces(file), key=lambda t: t.prompt_id)]
+        against = [r["against"] for r in json.loads((self.work / "test-time.json").read_text(encoding="utf-8"))["reference"]]
+        items = [(context_of(self.start, t), t.token_ids) for g in groups for t in g]
+        scores, others, rows = reward.score(items), second.score(items), []
+        for k, (g, ref) in enumerate(zip(groups, against, strict=True)):
+            at = k * len(g)
+            rows.append({**own_row(g[0], ref), "all_gold": statistics.mean(t.score for t in g), "reward": scores[at], "second": others[at]})
+        out.write_text(json.dumps(rows), encoding="utf-8")
+
+    def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """Everything that is there, by arm."""
+        file = self.work / "test-time.json"
+        arms = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for arm in STUDY["arms"]:
+            if (file := self.work / f"{slug(arm)}.json").is_file():
+                arms[arm] = json.loads(file.read_text(encoding="utf-8"))
+        return arms
+
+
+def slug(arm: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in arm.lower())
+
+
+def traces(file: Path) -> list[Any]:
+    from llmrl.evaluation.traces import read_traces
+
+    return list(read_traces(file))
+
+
+_CHAT: dict[Path, Any] = {}
+
+
+def context_of(start: Path, trace: Any) -> list[int]:
+    from llmrl.models import load_tokenizer
+    from llmrl.recipe import Model
+
+    if start not in _CHAT:
+        _CHAT[start] = load_tokenizer(Model(path=str(start / "model")))
+    return _CHAT[start].prompt_ids(trace.messages)
+
+
+def transport_of(steps: int, keywords: dict[str, Any]) -> Any:
+    """TOML has no None: guard = "none" stands for it."""
+    from llmrl.transport_sampling import Transport
+
+    return Transport(steps=steps, **{k: None if v == "none" else v for k, v in keywords.items()})  # type: ignore[arg-type]
+
+
+def own_row(trace: Any, against: list[float]) -> dict[str, Any]:
+    return {"gold": trace.score, "all_gold": trace.score, "against": against}
+
+
+def best_of(groups: list[list[Any]], scores: list[float], others: list[float], pool: int, size: int) -> list[dict[str, Any]]:
+    rows = []
+    for k, g in enumerate(groups):
+        i = max(range(size), key=lambda i: (scores[k * pool + i], -i))
+        rows.append({"gold": g[i].score, "all_gold": statistics.mean(t.score for t in g[:size]), "against": [t.score for t in g[pool:]],
+                     "reward": scores[k * pool + i], "second": others[k * pool + i]})  # fmt: skip
+    return rows
+
+
+def moved_row(own: list[Any], against: list[float]) -> dict[str, Any]:
+    """The winner's numbers; all_* are means over the prompt's particles."""
+    told = [t.extra["transport"] for t in own]
+    (win,) = (k for k, d in enumerate(told) if d["best"])
+    row: dict[str, Any] = {"gold": own[win].score, "all_gold": statistics.mean(t.score for t in own), "against": against}
+    row |= {"reward": told[win]["reward_after"], "second": told[win]["second_after"]}
+    return row | {f"all_{k}": statistics.mean(float(d[k]) for d in told) for k in
+                  ("reward_before", "reward_flowed", "reward_after", "changed_share", "kept", "ref_drop", "second_after")}  # fmt: skip
+
+
+# ---------------------------------------------------------------- report
+
+
+def win(row: dict[str, Any]) -> float:
+    """Share (%) of the prompt's independent samples of the reference that the arm's response beats by gold; a tie counts half."""
+    gaps = [row["gold"] - x for x in row["against"]]
+    return 100.0 * statistics.mean((d > 1e-9) + 0.5 * (abs(d) <= 1e-9) for d in gaps)
+
+
+def shown(by_seed: list[list[float]], digits: int = 2) -> str:
+    """Mean over seeds ± half the 95 % t interval; of one seed, ± 1.96 standard errors over prompts."""
+    means = [statistics.mean(v) for v in by_seed if v]
+    if not means:
+        return "-"
+    if len(means) > 1:
+        half = T975.get(len(means) - 1, 1.96) * statistics.stdev(means) / len(means) ** 0.5
+    else:
+        half = 1.96 * statistics.stdev(by_seed[0]) / len(by_seed[0]) ** 0.5 if len(by_seed[0]) > 1 else 0.0
+    return f"{statistics.mean(means):.{digits}f} ± {half:.{digits}f}"
+
+
+COLUMNS = {"gold of the one returned": "gold", "gold, all particles": "all_gold", "reward followed": "reward", "second reward": "second",
+           "tokens changed": "all_changed_share", "drop of log pi_ref": "all_ref_drop", "not put back": "all_kept"}  # fmt: skip
+
+
+def report(runs: list[Seed], failed: list[str], command: str) -> str:
+    rows = [r.rows() for r in runs]
+    arms = list(dict.fromkeys(a for r in rows for a in r))
+    rm = [json.loads(f.read_text(encoding="utf-8"))["held_out"] for r in runs if (f := r.work / "reward-0" / "summary.json").is_file()]
+    labels = [json.loads(line) for r in runs if (f := r.work / "pairs-0.jsonl").is_file() for line in f.read_text(encoding="utf-8").splitlines()]
+    lines = [f"`{command}`. {STUDY['eval_prompts']} prompts a seed; mean over seeds ± half the 95 % t interval (one seed: over prompts).", ""]
+    if rm:
+        right, ece, agree = statistics.mean(x["accuracy"] for x in rm), statistics.mean(x["ece"] for x in rm), statistics.mean(x["right"] for x in labels)
+        lines += [f"Reward model on held-out pairs: accuracy {right:.3f}, ECE {ece:.3f}; labels agree with gold on {agree:.3f}.", ""]
+    lines += ["| arm | win rate vs. reference (%) | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) + 1)]
+    for a in arms:
+        there = [r[a] for r in rows if a in r]
+        cells = [shown([[win(x) for x in own] for own in there], 1)]
+        cells += [shown([v for own in there if (v := [x[key] for x in own if key in x])]) for key in COLUMNS.values()]
+        lines.append(f"| {a} | " + " | ".join(cells) + " |")
+    lines += ["", "![VGF in small](docs/replication-vgf.png)", "", *(f"Failed: {f}" for f in failed)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def draw(runs: list[Seed], out: Path) -> None:
+    """Gold beside the reward that is followed, over L: of the response returned, one panel a transport."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r.rows() for r in runs]
+    start = f"best of {STUDY['n']}"
+    figure, axes = plt.subplots(1, len(STUDY["transports"]), figsize=(4.2 * len(STUDY["transports"]), 3.4), squeeze=False, layout="constrained")
+    for ax, label in zip(axes.flat, STUDY["transports"], strict=True):
+        names = [(0, start)] + [(s, f"VGF, L = {s}{label}") for s in STUDY["steps"]]
+        right = ax.twinx()
+        curves = (ax, "gold", "C0", "gold"), (right, "reward", "C3", "reward followed (decoded)"), (right, "all_reward_flowed", "C1", "embeddings")
+        for axis, key, color, title in curves:
+            by_step = [(step, [x[key] for r in rows for x in r.get(name, []) if key in x]) for step, name in names]
+            points = [(step, statistics.mean(v)) for step, v in by_step if v]
+            axis.plot(*zip(*points, strict=True), color=color, marker="o", ms=3, label=title)
+        ax.set_title(f"VGF{label}", fontsize=10)
+        ax.set_xlabel("flow steps L (0 = best of N)")
+        ax.set_ylabel("gold", color="C0")
+        right.set_ylabel("reward", color="C3")
+        ax.grid(alpha=0.3)
+    handles = [h for axis in (ax, right) for h in axis.get_legend_handles_labels()[0]]
+    figure.legend(handles, [h.get_label() for h in handles], loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, nargs="?", default=HERE / "study.toml")
+    parser.add_argument("--seeds", help="e.g. 0,1,2; default: the study's")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="seeds at a time, one core each")
+    parser.add_argument("--work", type=Path, default=REPO / "runs" / "replication" / "vgf")
+    parser.add_argument("--fresh", action="store_true", help="throw away what was done before")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the table")
+    parser.add_argument("--to", type=Path, default=REPO / "REPLICATION.md")
+    args = parser.parse_args()
+    STUDY.update(tomllib.loads(args.study.read_text(encoding="utf-8")))
+    if args.fresh:
+        shutil.rmtree(args.work, ignore_errors=True)
+    runs, failed = [Seed(int(s), args.work.resolve()) for s in (args.seeds.split(",") if args.seeds else STUDY["seeds"])], []
+
+    def do(run: Seed) -> None:
+        for name, step in [("shared", run.prepare), ("test time", run.test_time), *((a, lambda a=a: run.trained(a)) for a in STUDY["arms"])]:
+            began = time.perf_counter()
+            try:
+                step()
+                print(f"seed {run.seed}: {name} done in {time.perf_counter() - began:.0f} s", flush=True)
+            except (RuntimeError, OSError) as error:
+                failed.append(f"seed {run.seed}, {name}: {error}")
+                print(f"seed {run.seed}: {name} FAILED, {error}", flush=True)
+                if name in ("shared", "test time"):
+                    return
+
+    if not args.report:
+        import torch
+
+        from llmrl.models import quiet_transformers
+
+        quiet_transformers()
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(do, runs))
+    text = report(runs, failed, f"python scripts/replicate_vgf.py`, seeds `{','.join(str(r.seed) for r in runs)}")
+    write_section(args.to, "vgf", text)
+    if any(r.rows() for r in runs):
+        draw(runs, args.to.resolve().parent / "docs" / "replication-vgf.png")
+    print(text)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
