@@ -41,7 +41,10 @@ def arguments(*args: object) -> list[str]:
 
 def start(*args: object, cwd: Path) -> subprocess.Popen[bytes]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    return subprocess.Popen([sys.executable, "-m", "llmrl.cli", *arguments(*args)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "llmrl.cli", *arguments(*args)], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it, and hands that down
+    )  # fmt: skip
 
 
 @dataclass

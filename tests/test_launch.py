@@ -295,8 +295,9 @@ def test_what_left_the_group_is_found_too() -> None:
 
 
 LAUNCHER = '''"""A launch with a fake server and a torchrun of two ranks, each in a session of its own."""
-import socket, sys, zlib
+import signal, socket, sys, zlib
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it, and hands that down
 from llmrl.launch_processes import Command, Server, supervise
 fake, port, here = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 argv = (fake, "-m", "vllm.entrypoints.openai.api_server", "--port", port)
