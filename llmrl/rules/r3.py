@@ -79,7 +79,7 @@ def _ranked_failures(top: float, share: float, right: float) -> c.Transform:
         entropies = view.streams["old_entropy"].split(view.length_S.tolist())
         numbers_S2 = torch.tensor([peak_and_mean(x, share) if on else (0.0, 0.0) for x, on in zip(entropies, in_S, strict=True)], dtype=torch.float64)
         same_SS = (view.cohort_S[:, None] == view.cohort_S) & in_S & in_S[:, None]
-        rank_S = seg_rank(-beaten(*numbers_S2.T, same_SS).double(), view.cohort_S, n, in_S)
+        rank_S = seg_rank(-beaten(numbers_S2[:, 0], numbers_S2[:, 1], same_SS).double(), view.cohort_S, n, in_S)
         size_S = seg_count(view.cohort_S, n, in_S)[view.cohort_S]
         return torch.where(in_S, torch.where(size_S > 1, top * (1 - rank_S / (size_S - 1).clamp(min=1)), 0.0), a_S)
 
