@@ -274,6 +274,5 @@ def token_metrics(batch: TokenBatch, out: Outputs, terms: Sequence[Term]) -> dic
 
 
 def seg_tokens(values_T: Tensor, batch: TokenBatch) -> list[Tensor]:
-    """A per-token tensor cut into one tensor a sample, in the micro-batch's order."""
-    counts = seg_sum(torch.ones_like(values_T), batch.sample_T, batch.n_samples).long().tolist()
-    return list(values_T.split(counts))
+    """A tensor [T] or [T, ...] cut into one tensor a sample, in the micro-batch's order; on whichever device."""
+    return list(values_T.split(torch.bincount(batch.sample_T, minlength=batch.n_samples).tolist()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from llmrl.recipe import Optim
-    from llmrl.rules.base import Needs
+    from llmrl.rules.base import HiddenFn, Needs
 
 
 class RunFailed(Exception):
@@ -39,6 +39,15 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     done = step / max(1, steps - 1)
     shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[optim.schedule]
     return optim.lr * warm * (shape if optim.schedule == "constant" else optim.lr_end + (1 - optim.lr_end) * shape)
+
+
+def numbers_of(fns: Mapping[str, HiddenFn], hidden_ND: Tensor) -> dict[str, list[float]]:
+    """Stream -> one number a token, of one sample's hidden states (rules.base.HiddenFn). Raises ValueError where a fn gives another shape."""
+    n, found = len(hidden_ND), {name: fn(hidden_ND) for name, fn in fns.items()}
+    wrong = next((name for name, x in found.items() if x.shape not in ((), (n,))), None)
+    if wrong is not None:
+        raise ValueError(f"Needs.hidden[{wrong!r}] gave the shape {tuple(found[wrong].shape)} for {n} tokens; it must be one number, or one a token")
+    return {name: x.expand(n).tolist() for name, x in found.items()}
 
 
 class Learner:
@@ -95,8 +104,9 @@ class Learner:
 
     # ------------------------------------------------------------ forward
 
-    def _logp(self, module: Callable[..., tuple[Tensor, Tensor | None]], batch: TokenBatch, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        return module(batch.ids_P, batch.positions_P, batch.plan(self.policy.kernel), batch.source_T, batch.tokens_T, self.temperature, entropy)
+    def _logp(self, module: Any, batch: TokenBatch, entropy: bool, hidden: bool = False) -> tuple[Tensor, Tensor | None]:
+        plan = batch.plan(self.policy.kernel)
+        return module(batch.ids_P, batch.positions_P, plan, batch.source_T, batch.tokens_T, self.temperature, entropy, True, hidden)
 
     def forward(self, batch: TokenBatch, needs: Needs) -> Outputs:
         """Log-probs with gradient, and what the rule asked for. old_logp is logp itself unless a stream "old_logp" holds it."""
@@ -129,13 +139,26 @@ class Learner:
         if policy is None or module is None:
             raise RunFailed("the rule asks for ref_logp but no reference model was made")
         todo = [s for s in samples if name not in s.streams]
+        for s, values in self._measured(policy, module, todo, tokens, entropy=name == "old_entropy"):
+            s.streams[name] = values.tolist()
+
+    @torch.no_grad()
+    def add_hidden_streams(self, fns: Mapping[str, HiddenFn], samples: Sequence[Sample], *, tokens: int) -> None:
+        """Fills samples' streams with what each fn makes of their hidden states (weights as they are now): one forward without gradient for all."""
+        for s, hidden_ND in self._measured(self.policy, self.held.module, samples, tokens, hidden=True):
+            s.streams |= numbers_of(fns, hidden_ND)
+
+    def _measured(
+        self, policy: Policy, module: Any, samples: Sequence[Sample], tokens: int, *, entropy: bool = False, hidden: bool = False
+    ) -> Iterator[tuple[Sample, Tensor]]:
+        """Each sample with its log-probs, entropies [n] or hidden states [n, D], by forwards without dropout; a micro-batch's are dropped before the next."""
         training = policy.model.training
         policy.model.eval()
-        batches = pack(todo, [torch.zeros(len(s.token_ids)) for s in todo], tokens=tokens)
+        batches = pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=tokens)
         for batch, _ in self.in_step(batches, backward=False):
-            logp, entropy = self._logp(module, batch, entropy=name == "old_entropy")
-            for i, values in zip(batch.sample_index, seg_tokens((logp if entropy is None else entropy).cpu(), batch), strict=True):
-                todo[i].streams[name] = values.tolist()
+            values, entropies = self._logp(module, batch, entropy, hidden)
+            for i, own in zip(batch.sample_index, seg_tokens(values if entropies is None else entropies, batch), strict=True):
+                yield samples[i], own
         rest(module)
         policy.model.train(training)
 

@@ -91,7 +91,8 @@ def _needs_and_cost(factory: Callable[..., Any], ref: str, base: Path) -> tuple[
     rule = plugins.use(ref, {}, home=HOMES["rule"], base=base, where="[rule]")
     n = rule.needs
     needs += [text for on, text in ((n.ref_logp, "reference model"), (n.whole_groups, "whole groups in a micro-batch")) if on]
-    forwards = [what for what, on in (("old_logp", n.old_logp), ("old_entropy", n.old_entropy), ("ref_logp", n.ref_logp)) if on]
+    asked = {"old_logp": n.old_logp, "old_entropy": n.old_entropy, "ref_logp": n.ref_logp, "hidden states": bool(n.hidden)}
+    forwards = [what for what, on in asked.items() if on]
     cost = [f"{len(forwards)} forward{'s' if len(forwards) > 1 else ''} more ({', '.join(forwards)})"] if forwards else []
     cost += ["entropy with gradient"] if n.entropy else []
     collect = _collect_name(rule)

@@ -82,6 +82,8 @@ def run_step(session: Session, step: int, *, ahead: int = 0) -> tuple[list[Group
     with timed(seconds, "update"):
         for name in _streams_before_credit(rule.needs, updates=r.batch.minibatches * r.batch.epochs):
             learner.add_stream(name, samples, tokens=r.batch.tokens)
+        if rule.needs.hidden:
+            learner.add_hidden_streams(rule.needs.hidden, samples, tokens=r.batch.tokens)
         adv, session.credit_state = give_credit(rule, samples, view_of(samples, learner, session.sampling.max_new_tokens), session.credit_state)
         learned = learn(session, groups, samples, adv, step)
     with timed(seconds, "wait"):

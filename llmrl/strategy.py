@@ -36,12 +36,18 @@ class PackedLogp(nn.Module):
         self.policy, self.head_chunk = policy, head_chunk
 
     def forward(
-        self, ids_P: Tensor, positions_P: Tensor, plan: Any, source_T: Tensor, tokens_T: Tensor, temperature: float, entropy: bool, ban: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """(log-probs [T], entropies [T] or None) of tokens_T, fp32. ban: the tokens that are never sampled are outside the softmax."""
-        hidden = self.policy.hidden(ids_P, positions_P, plan)
+        self, ids_P: Tensor, positions_P: Tensor, plan: Any, source_T: Tensor, tokens_T: Tensor, temperature: float, entropy: bool, ban: bool = True,
+        hidden: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """(log-probs [T], entropies [T] or None) of tokens_T, fp32. ban: the tokens that are never sampled are outside the softmax.
+
+        hidden: (the last hidden states that predict them [T, D], None) instead, fp32, without the head.
+        """
+        hidden_TD = self.policy.hidden(ids_P, positions_P, plan).index_select(0, source_T)
+        if hidden:
+            return hidden_TD.float(), None
         return head_logp(
-            hidden.index_select(0, source_T), *self.policy.head, tokens_T,
+            hidden_TD, *self.policy.head, tokens_T,
             temperature=temperature, banned_ids=self.policy.banned_ids if ban else (), chunk=self.head_chunk, entropy=entropy,
         )  # fmt: skip
 

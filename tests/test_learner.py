@@ -18,6 +18,7 @@ from llmrl.models import load_policy
 from llmrl.recipe import Model, Optim, Tiny
 from llmrl.records import Request, Sample, Sampling
 from llmrl.rules.base import Needs, Rule, Term
+from llmrl.rules.verl_erank import prefix_ranks
 from llmrl.session import open_session
 from llmrl.step import run_step
 from tests.builders import ALPHABET, tiny_policy
@@ -316,6 +317,45 @@ def test_streams_that_are_there_are_not_computed_again():
     assert samples[0].streams["old_logp"][0] == 0.5 and samples[1].streams["old_logp"] == pytest.approx(samples[1].behavior_logp, abs=1e-5)
     with pytest.raises(RunFailed, match="no reference model"):
         learner.add_stream("ref_logp", samples, tokens=100)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hidden_streams_are_those_of_a_plain_forward(dtype):
+    """Last layer, at the places that predict the tokens; however the samples are packed. Only one sample's states reach a function at a time."""
+    learner, seen = make_learner(dtype), []
+    samples, _ = sampled(learner)
+
+    def one(hidden_ND):
+        seen.append((tuple(hidden_ND.shape), hidden_ND.dtype, hidden_ND.requires_grad, torch.is_grad_enabled()))
+        return hidden_ND.norm()
+
+    fns = {"each": lambda hidden_ND: hidden_ND[:, 3], "one": one, "erank": prefix_ranks(2)}
+    learner.add_hidden_streams(fns, samples, tokens=40)
+    assert seen[-1][1:] == (torch.float32, False, False) and sorted(x[0] for x in seen) == sorted((len(s.token_ids), 32) for s in samples)
+    model, near = eager_copy(learner), {"abs": 1e-4} if dtype == "float32" else {"abs": 0.05, "rel": 0.05}
+    for s in samples:
+        ids = torch.tensor([s.context_ids + s.token_ids])
+        hidden = model(ids, output_hidden_states=True).hidden_states[-1][0, len(s.context_ids) - 1 : -1].detach().float()
+        assert s.streams["each"] == pytest.approx(hidden[:, 3].tolist(), **near)
+        assert s.streams["one"] == pytest.approx([float(hidden.norm())] * len(hidden), **near)
+        assert s.streams["erank"] == pytest.approx(prefix_ranks(2)(hidden).tolist(), **near)
+    assert learner.policy.model.training
+    with pytest.raises(ValueError, match=r"Needs.hidden\['wrong'\] gave the shape \(32,\) for \d+ tokens"):
+        learner.add_hidden_streams({"wrong": lambda hidden_ND: hidden_ND[0]}, samples, tokens=40)
+
+
+def test_a_rule_gets_its_hidden_streams_before_credit(tmp_path):
+    session = small_session(tmp_path, "verl_erank", keys=", stride = 2")
+    try:
+        seen = count_passes(session.policy)
+        groups, _, row = run_step(session, 1)
+    finally:
+        session.close()
+    assert seen == {"grad": 1, "plain": 1}
+    erank = [s.streams["erank"] for g in groups for s in g.samples]
+    assert all(1 <= x <= len(own) for own in erank for x in own) and max(map(max, erank)) > 1.5
+    ends = [own[-1] for own in erank]
+    assert session.credit_state["verl_erank"]["mu"][2] == pytest.approx(0.3 * sum(ends) / len(ends)) and math.isfinite(row["loss/pg_clip"])
 
 
 def test_state_comes_back_to_the_bit():

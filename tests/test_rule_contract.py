@@ -30,6 +30,7 @@ KEYS: dict[str, list[dict[str, object]]] = {
     "drpo": [{}, {"form": "advantage", "mask_truncated": True}],
     "spae": [{"dynamic_rounds": 0, "probe": "#", "boundary": "1", "probes": 2, "probe_tokens": 3}],
     "r3": [{"template": "tiny"}, {"template": "tiny", "ranked": 0.0, "alpha": 2.0, "kl": 0.01}],
+    "verl_erank": [{"stride": 2, "kl": 0.05}, {"stride": 2, "last_token_only": True}],
     "hbpo": [{"prefix": "({budget})", "budgets": [0.25, 0.5]}],
 }
 """What the tiny model needs, or what makes a rule show all it has; other rules run with their defaults."""

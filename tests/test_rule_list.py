@@ -35,6 +35,7 @@ def test_all_rules_are_listed_with_paper_needs_and_cost():
     assert code == 0 and set(rows) == set(plugins.available("llmrl.rules"))
     assert all(r["papers"] and len(r["line"]) > 20 and "arXiv:" not in r["line"].split(". ")[-1][:6] for r in rows.values())
     assert rows["canon"]["papers"] == ["2509.23962"] and rows["canon"]["cost"] == ["1 forward more (old_entropy)"]
+    assert rows["verl_erank"]["cost"][0] == "1 forward more (hidden states)" and "prefix" in rows["verl_erank"]["cost"][1]
     assert rows["drpo"]["needs"] == ["groups of 2 or more", "whole groups in a micro-batch"]
     assert rows["reinforce_pp"]["needs"] == ["reference model"] and rows["reinforce_pp"]["cost"] == ["2 forwards more (old_logp, ref_logp)"]
     assert rows["grpo"]["cost"] == [] and rows["hdpo"]["cost"] == [] and "explanations" in rows["expo"]["cost"][0]

@@ -31,7 +31,7 @@ from llmrl.train import train
 here, out, plans, moves = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(","), sys.argv[4].split(",")
 warm = "warm_start={steps=2, examples=6, data={path='%s'}, optim={lr=1e-3, eps=1e-2}}" % (here / "rows.jsonl")
 LORA = "model.lora={rank=4, alpha=8}"
-KEYS = {"full": ["rule={use='dapo', dynamic_rounds=0, kl=0.05}", warm], "lora": ["rule={use='dapo', dynamic_rounds=0, kl=0.05}", LORA, "optim.lr=0.02"]}
+KEYS = {"full": ["rule={use='verl_erank', stride=2, kl=0.05}", warm], "lora": ["rule={use='dapo', dynamic_rounds=0, kl=0.05}", LORA, "optim.lr=0.02"]}
 
 
 def run(folder, plan, kind, *more, resume=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from llmrl.credit import Credit
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Collect = Callable[[Sequence[Prompt], RolloutIO], Awaitable[list[Group]]]
 LossFn = Callable[["TokenBatch", "Outputs"], "Tensor"]
 Over = Literal["token", "sample", "fixed"]
+HiddenFn = Callable[["Tensor"], "Tensor"]
+"""hidden_ND of one sample -> one number, or [n_tokens] of them; pure. hidden_ND: fp32 without gradient, the last hidden layer (behind the final norm) at
+the positions that predict each of its N tokens: the first is that of the context's last token, the last completion token's own is not among them."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,9 @@ class Needs:
     """Entropy of the next-token distribution, with gradient."""
     old_entropy: bool = False
     """The same at the start of the step (nats), known before credit as stream "old_entropy": one more forward without gradient."""
+    hidden: dict[str, HiddenFn] = field(default_factory=dict)
+    """Stream -> what it measures on a sample's hidden states under the weights at the start of the step; known before credit, a single number repeated
+    along the tokens. One more forward without gradient and without the head, for all of them; no more than a micro-batch's states are ever held."""
     whole_groups: bool = False
     """All samples of a group in the same micro-batch, so that a loss may compare them."""
     ref_every: int = 0

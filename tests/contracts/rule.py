@@ -32,6 +32,7 @@ from llmrl import plugins
 from llmrl.batch import Outputs, evaluate_terms, global_denominators, pack, seg_tokens
 from llmrl.config import HOMES, load_recipe
 from llmrl.data import PromptStream
+from llmrl.learner import numbers_of
 from llmrl.memory import Memory
 from llmrl.records import Group, Prompt, Sample, Verdict
 from llmrl.rollout import RolloutIO, philox
@@ -241,6 +242,8 @@ def _numbers(sample: Sample, rule: Rule) -> tuple[Tensor, Tensor]:
         sample.streams["ref_logp"] = (old + 0.2 * draw.standard_normal(n)).tolist()
     if rule.needs.old_entropy:
         sample.streams["old_entropy"] = (draw.random(n) * 2).tolist()
+    if rule.needs.hidden:
+        sample.streams |= numbers_of(rule.needs.hidden, torch.tensor(draw.standard_normal((n, 8)) + 1.0, dtype=torch.float32))
     return torch.tensor(old + 0.1 * draw.standard_normal(n)), torch.tensor(draw.random(n))
 
 
