@@ -129,17 +129,37 @@ def dpo(beta: float = 0.1, *, weight: str = "pair") -> LossFn:
     """
 
     def dpo(batch: TokenBatch, out: Outputs) -> Tensor:
-        n, on_S = batch.n_samples, seg_sum((batch.weight[weight] > 0).float(), batch.sample_T, batch.n_samples) > 0
-        gain_S = seg_sum(out.logp_T - _ref(out), batch.sample_T, n)
-        off_S = batch.reward_S - seg_mean(batch.reward_S, batch.cohort_S, n, on_S)[batch.cohort_S]
-        size_S = seg_sum(on_S.float(), batch.cohort_S, n)[batch.cohort_S]
-        if bool((on_S & ~((size_S == 2) & (off_S.abs() > 0))).any()):
-            raise ValueError("dpo: a cohort is no pair of samples with different rewards; the rule must have Needs(whole_groups=True) and give pairs")
-        sign_S = torch.where(on_S, off_S, 0.0).sign().to(gain_S)
-        margin_S = seg_sum(sign_S * gain_S, batch.cohort_S, n)[batch.cohort_S]
+        margin_S = _pair_margin("dpo", batch, out.logp_T - _ref(out), weight)
         return -torch.nn.functional.logsigmoid(beta * margin_S)[batch.sample_T]
 
     return dpo
+
+
+def inpo(eta: float = 7.5e-3, tau: float = 2.5e-3, *, weight: str = "pair") -> LossFn:
+    """Nash regression on pairs, one number a pair, repeated along the tokens of both its samples: for Terms over="sample".
+
+    l = (h - 1 / (2 eta))^2,  h = D - (tau / eta) D_ref - (1 - tau / eta) D_t;  D = log pi(y_w) - log pi(y_l), sums over the tokens
+    D_ref is D under the reference model, D_t under the policy that the pair was sampled from: old_logp, the learner at the start of the step.
+    Source: INPO, arXiv:2407.00617. Pairs, needs and errors as in dpo. Nats squared; the target 1 / (2 eta) is finite: no margin grows without bound.
+    """
+
+    def inpo(batch: TokenBatch, out: Outputs) -> Tensor:
+        h_S = _pair_margin("inpo", batch, out.logp_T - tau / eta * _ref(out) - (1 - tau / eta) * out.old_logp_T, weight)
+        return ((h_S - 0.5 / eta) ** 2)[batch.sample_T]
+
+    return inpo
+
+
+def _pair_margin(who: str, batch: TokenBatch, x_T: Tensor, weight: str) -> Tensor:
+    """Sum of x over the preferred sample's tokens less that over the other's, at both samples of a pair, [S]."""
+    n, on_S = batch.n_samples, seg_sum((batch.weight[weight] > 0).float(), batch.sample_T, batch.n_samples) > 0
+    x_S = seg_sum(x_T, batch.sample_T, n)
+    off_S = batch.reward_S - seg_mean(batch.reward_S, batch.cohort_S, n, on_S)[batch.cohort_S]
+    size_S = seg_sum(on_S.float(), batch.cohort_S, n)[batch.cohort_S]
+    if bool((on_S & ~((size_S == 2) & (off_S.abs() > 0))).any()):
+        raise ValueError(f"{who}: a cohort is no pair of samples with different rewards; the rule must have Needs(whole_groups=True) and give pairs")
+    sign_S = torch.where(on_S, off_S, 0.0).sign().to(x_S)
+    return seg_sum(sign_S * x_S, batch.cohort_S, n)[batch.cohort_S]
 
 
 def kl_k1() -> LossFn:

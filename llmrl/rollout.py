@@ -118,12 +118,18 @@ async def sample_groups(prompts: Sequence[Prompt], io: RolloutIO, *, mask_trunca
     jobs = [(g, i) for g in range(len(prompts)) for i in range(io.group)]
     if getattr(io.engine, "streams", False):
         return await _streamed_groups(prompts, io, contexts, mask_truncated)
-    done = io.sample([contexts[g] for g, _ in jobs], [(prompts[g].visit_id, i) for g, i in jobs])
-    verdicts = await io.verify([(prompts[g], c.text) for (g, _), c in zip(jobs, done, strict=True)])
+    done = complete(prompts, contexts, io)
+    verdicts = await io.verify([(prompts[g], done[g][i].text) for g, i in jobs])
     groups = [Group(p, []) for p in prompts]
-    for (g, i), c, v in zip(jobs, done, verdicts, strict=True):
-        groups[g].samples.append(make_sample(prompts[g], i, contexts[g], c, v, mask_truncated=mask_truncated))
+    for (g, i), v in zip(jobs, verdicts, strict=True):
+        groups[g].samples.append(make_sample(prompts[g], i, contexts[g], done[g][i], v, mask_truncated=mask_truncated))
     return groups
+
+
+def complete(prompts: Sequence[Prompt], contexts: Sequence[Sequence[int]], io: RolloutIO) -> list[list[Completion]]:
+    """`io.group` completions of every prompt behind its context, judged by nobody: for rules that judge otherwise."""
+    done = io.sample([c for c in contexts for _ in range(io.group)], [(p.visit_id, i) for p in prompts for i in range(io.group)])
+    return [done[k * io.group : (k + 1) * io.group] for k in range(len(prompts))]
 
 
 async def _streamed_groups(prompts: Sequence[Prompt], io: RolloutIO, contexts: Sequence[list[int]], mask_truncated: bool) -> list[Group]:

@@ -31,6 +31,8 @@ KEYS: dict[str, list[dict[str, object]]] = {
     "spae": [{"dynamic_rounds": 0, "probe": "#", "boundary": "1", "probes": 2, "probe_tokens": 3}],
     "r3": [{"template": "tiny"}, {"template": "tiny", "ranked": 0.0, "alpha": 2.0, "kl": 0.01}],
     "verl_erank": [{"stride": 2, "kl": 0.05}, {"stride": 2, "last_token_only": True}],
+    "spo": [{}, {"opponent": "answer", "scale": False}],
+    "inpo": [{"eta": 0.5, "tau": 0.1}, {"opponent": "sibling", "both_ways": False}],
     "hbpo": [{"prefix": "({budget})", "budgets": [0.25, 0.5]}],
 }
 """What the tiny model needs, or what makes a rule show all it has; other rules run with their defaults."""
