@@ -61,10 +61,17 @@ def run_page(run_dir: str | Path, out: str | Path, *, steps: tuple[int, int] | N
 
 
 def _sample(trace: Trace, result: int, text: Callable[[Sequence[int]], str] | None) -> dict[str, Any]:
-    """One sample of the browser. confidence: mean probability of the least likely tenth of its tokens, as it was sampled."""
-    ids, logs = (trace.token_ids or [])[:MAX_TOKENS], (trace.logprobs or [])[:MAX_TOKENS]
+    """One sample of the browser. confidence: mean probability of the least likely tenth of its tokens, as it was sampled.
+
+    What an environment said between two turns is shown as text of probability 1, and is none of those.
+    """
+    ids, own, logs = trace.token_ids or [], iter(trace.logprobs or []), trace.logprobs or []
+    mask = trace.extra.get("mask") or [True] * len(ids)
+    if "mask" in trace.extra:
+        ids, logs = trace.extra["all_token_ids"], [next(own) if on else 0.0 for on in mask] if logs else []
+    ids, logs, written = ids[:MAX_TOKENS], logs[:MAX_TOKENS], [k for k, on in enumerate(mask[:MAX_TOKENS]) if on]
     texts = token_texts(ids, text) if text and ids else None
-    low = sorted(sorted(range(len(logs)), key=logs.__getitem__)[: max(1, len(logs) // 10)]) if logs else []
+    low = sorted(sorted(written, key=logs.__getitem__)[: max(1, len(written) // 10)]) if logs else []
     p = [float(f"{math.exp(min(x, 0.0)):.3g}") for x in logs]
     advantage = trace.extra.get("advantage")
     row: dict[str, Any] = {

@@ -174,7 +174,9 @@ def rescore(
     def fill(waiting: list[Trace]) -> Iterator[Trace]:
         ids = [list(t.token_ids) if t.token_ids else list(completion_ids(t.response)) for t in waiting]
         todo = [k for k, t in enumerate(waiting) if t.raw_logprobs is None and ids[k]]
-        told = dict(zip(todo, engine.score([(prompt_ids(waiting[k]), ids[k]) for k in todo]), strict=True)) if todo else {}
+        whole = [t.extra.get("all_token_ids") or own for t, own in zip(waiting, ids, strict=True)]  # several turns: see formats.run
+        told = dict(zip(todo, engine.score([(prompt_ids(waiting[k]), whole[k]) for k in todo]), strict=True)) if todo else {}
+        told |= {k: [x for x, on in zip(told[k], mask, strict=True) if on] for k in todo if (mask := waiting[k].extra.get("mask"))}
         for k, t in enumerate(waiting):
             if k not in told:
                 yield t

@@ -1,8 +1,8 @@
 """Packing samples into micro-batches by token budget, and reducing loss terms with denominators known before backward.
 
 A micro-batch holds contexts once, beginnings that they share once too, and completions behind them, flat over P input tokens; nothing
-is padded. Losses see only T completion tokens: `source_T` says which input token's hidden state predicts each of them. Which tokens
-count is a matter of position, never of id.
+is padded. Losses see only the T completion tokens that count (Sample.mask): `source_T` says which input token's hidden state predicts each of
+them; what an environment wrote between two turns is input and nothing else. Which tokens count is a matter of position, never of id.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TokenBatch:
-    """One micro-batch. All tensors live on the learner's device; T is flat over completion tokens, in sample order."""
+    """One micro-batch. All tensors live on the learner's device; T is flat over completion tokens that count, in sample order."""
 
     tokens_T: Tensor
     """long, the token that was sampled"""
@@ -86,7 +86,7 @@ def numbers(keys: Iterable[Any]) -> list[int]:
 def pack(samples: Sequence[Sample], adv: Sequence[Tensor], *, tokens: int, groups: Sequence[int] | None = None, whole_groups: bool = False) -> list[TokenBatch]:
     """Samples -> micro-batches of at most `tokens` input tokens (a unit larger than that gets one of its own).
 
-    adv: one float tensor [n_tokens] a sample. groups: a group number a sample (default: by prompt_id). Samples stay in order, except
+    adv: one float tensor [Sample.length] a sample. groups: a group number a sample (default: by prompt_id). Samples stay in order, except
     that within a group longer ones come first; so siblings stay together and share their context. Deterministic.
     """
     group_of = list(groups) if groups is not None else numbers(s.prompt_id for s in samples)
@@ -159,27 +159,28 @@ def _lay_out(samples: Sequence[Sample], adv: Sequence[Tensor], group_of: Sequenc
         ids += s.token_ids[:-1]
         positions += range(before, before + len(own))
         row = [*places[r], *own]
+        predicted_by = [row[before - 1], *own]
         for place, token in enumerate(row):
             pick.setdefault(token, (r, place))
         rows.append(row)
-        source += [row[before - 1], *own]
+        source += s.counted(predicted_by)
     length = max(map(len, rows))
     some = [samples[i] for i in chosen]
     names = sorted({n for s in some for n in s.weights})
     streams = sorted({n for s in some for n in s.streams})
-    lengths = [len(s.token_ids) for s in some]
+    lengths = [s.length for s in some]
     nan = float("nan")
 
     def flat(values: Iterable[Iterable[float]]) -> Tensor:
         return torch.tensor([x for v in values for x in v], dtype=torch.float32)
 
     return TokenBatch(
-        tokens_T=torch.tensor([t for s in some for t in s.token_ids]),
+        tokens_T=torch.tensor([t for s in some for t in s.counted(s.token_ids)]),
         sample_T=torch.repeat_interleave(torch.arange(len(some)), torch.tensor(lengths)),
         adv_T=torch.cat([adv[i].float() for i in chosen]),
-        behavior_logp_T=flat(s.behavior_logp if s.behavior_logp is not None else [nan] * n for s, n in zip(some, lengths, strict=True)),
+        behavior_logp_T=flat(s.counted(s.behavior_logp) if s.behavior_logp is not None else [nan] * n for s, n in zip(some, lengths, strict=True)),
         weight={n: flat([s.weights.get(n, 0.0)] * k for s, k in zip(some, lengths, strict=True)) for n in names},
-        stream={n: flat(s.streams.get(n) or [nan] * k for s, k in zip(some, lengths, strict=True)) for n in streams},
+        stream={n: flat(s.counted(s.streams[n]) if s.streams.get(n) else [nan] * k for s, k in zip(some, lengths, strict=True)) for n in streams},
         reward_S=torch.tensor([nan if s.reward is None else s.reward for s in some], dtype=torch.float32),
         cohort_S=torch.tensor(numbers(s.cohort for s in some)),
         group_S=torch.tensor(numbers(group_of[i] for i in chosen)),
@@ -203,7 +204,7 @@ def global_denominators(
     """
     local = []
     for term in terms:
-        w = [(s.weights.get(term.weight, 0.0), len(s.token_ids)) for s in samples]
+        w = [(s.weights.get(term.weight, 0.0), s.length) for s in samples]
         if term.over == "token":
             local.append(sum(a * n for a, n in w))
         else:
@@ -274,5 +275,5 @@ def token_metrics(batch: TokenBatch, out: Outputs, terms: Sequence[Term]) -> dic
 
 
 def seg_tokens(values_T: Tensor, batch: TokenBatch) -> list[Tensor]:
-    """A tensor [T] or [T, ...] cut into one tensor a sample, in the micro-batch's order; on whichever device."""
+    """A tensor [T] or [T, ...] cut into one tensor a sample ([Sample.length, ...]), in the micro-batch's order; on whichever device."""
     return list(values_T.split(torch.bincount(batch.sample_T, minlength=batch.n_samples).tolist()))

@@ -167,7 +167,7 @@ def _rollout(session: Session) -> Iterator[Finding]:
     yield Finding("a rollout", unjudged == 0, f"{len(samples)} samples of {len(groups)} prompts, mean reward {mean:.2f}, {unjudged} unjudged: {told}")
     metrics: dict[str, float] = {}
     with torch.no_grad():
-        for batch in pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=r.batch.tokens):
+        for batch in pack(samples, [torch.zeros(s.length) for s in samples], tokens=r.batch.tokens):
             batch = batch.to(session.policy.device)
             out = session.learner.forward(batch, session.rule.needs)
             for name, value in token_metrics(batch, out, session.rule.loss).items():

@@ -27,11 +27,12 @@ class View:
     cohort_S: Tensor
     """long; samples that are compared with each other share a number"""
     length_S: Tensor
-    """long, tokens"""
+    """long, tokens that count (Sample.mask): those of the policy, not of an environment"""
     truncated_S: Tensor
     """bool; stopped by the length limit"""
     sample_T: Tensor
-    """long; the sample that a token belongs to; tokens of a sample are consecutive"""
+    """long; the sample that a token belongs to; tokens of a sample are consecutive. T holds tokens that count and no others: what an
+    environment wrote is in no per-token statistic, and needs no mask here."""
     max_new_tokens: int = 0
     streams: dict[str, Tensor] = field(default_factory=dict)
     """per token, float64; NaN where a sample lacks it. "behavior_logp" is always there, others by Needs and by what collect gives."""

@@ -140,21 +140,21 @@ class Learner:
             raise RunFailed("the rule asks for ref_logp but no reference model was made")
         todo = [s for s in samples if name not in s.streams]
         for s, values in self._measured(policy, module, todo, tokens, entropy=name == "old_entropy"):
-            s.streams[name] = values.tolist()
+            s.streams[name] = s.spread(values.tolist())
 
     @torch.no_grad()
     def add_hidden_streams(self, fns: Mapping[str, HiddenFn], samples: Sequence[Sample], *, tokens: int) -> None:
         """Fills samples' streams with what each fn makes of their hidden states (weights as they are now): one forward without gradient for all."""
         for s, hidden_ND in self._measured(self.policy, self.held.module, samples, tokens, hidden=True):
-            s.streams |= numbers_of(fns, hidden_ND)
+            s.streams |= {name: s.spread(values) for name, values in numbers_of(fns, hidden_ND).items()}
 
     def _measured(
         self, policy: Policy, module: Any, samples: Sequence[Sample], tokens: int, *, entropy: bool = False, hidden: bool = False
     ) -> Iterator[tuple[Sample, Tensor]]:
-        """Each sample with its log-probs, entropies [n] or hidden states [n, D], by forwards without dropout; a micro-batch's are dropped before the next."""
+        """Each sample with its log-probs, entropies [n] or hidden states [n, D], n = Sample.length, by forwards without dropout; a micro-batch's are dropped before the next."""
         training = policy.model.training
         policy.model.eval()
-        batches = pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=tokens)
+        batches = pack(samples, [torch.zeros(s.length) for s in samples], tokens=tokens)
         for batch, _ in self.in_step(batches, backward=False):
             values, entropies = self._logp(module, batch, entropy, hidden)
             for i, own in zip(batch.sample_index, seg_tokens(values if entropies is None else entropies, batch), strict=True):

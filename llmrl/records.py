@@ -1,6 +1,6 @@
 """The records that flow through a step, and the protocols of a plug-in. Plain Python: importing this loads no torch.
 
-Shape legend, used as a suffix everywhere: S samples, G groups, T completion tokens of a micro-batch (flat, never padded),
+Shape legend, used as a suffix everywhere: S samples, G groups, T completion tokens that count (flat, never padded; Sample.mask),
 P packed input tokens of a forward (contexts stored once, then completions), V vocabulary, D hidden, R attention rows, L row length.
 Log-probabilities are natural logs (nats). Scores are in [0, 1]. A positive advantage is good; a `*_loss` is minimised.
 """
@@ -158,6 +158,10 @@ class Sample:
     streams: dict[str, list[float]] = field(default_factory=dict)
     """Extra numbers, one a token."""
     parent: str | None = None
+    mask: list[bool] | None = None
+    """One a token: True = it counts (the policy wrote it), False = it is only read, as what an environment says between two turns is: no
+    loss, denominator, credit, length or metric sees it. None = all count. behavior_logp is NaN at tokens that do not count, streams are
+    whatever there."""
 
     def __post_init__(self) -> None:
         if not self.cohort:
@@ -166,6 +170,24 @@ class Sample:
             raise ValueError(f"sample {self.id}: no tokens")
         if self.behavior_logp is not None and len(self.behavior_logp) != len(self.token_ids):
             raise ValueError(f"sample {self.id}: {len(self.token_ids)} tokens but {len(self.behavior_logp)} log-probs")
+        if self.mask is not None and (len(self.mask) != len(self.token_ids) or not any(self.mask)):
+            raise ValueError(f"sample {self.id}: {len(self.token_ids)} tokens, a mask of {len(self.mask)} of which {sum(self.mask)} count; one must")
+
+    @property
+    def length(self) -> int:
+        """Tokens that count."""
+        return len(self.token_ids) if self.mask is None else sum(self.mask)
+
+    def counted(self, values: Sequence[Any]) -> list[Any]:
+        """One value a token -> one a token that counts."""
+        return list(values) if self.mask is None else [x for x, on in zip(values, self.mask, strict=True) if on]
+
+    def spread(self, values: Sequence[float], blank: Any = float("nan")) -> list[Any]:
+        """The way back: one value a token that counts -> one a token, `blank` at the others."""
+        if len(values) != self.length:
+            raise ValueError(f"sample {self.id}: {self.length} tokens count, {len(values)} values were given")
+        own = iter(values)
+        return list(values) if self.mask is None else [next(own) if on else blank for on in self.mask]
 
     def recontext(self, context_ids: Sequence[int]) -> Sample:
         """The same tokens, to be trained under another context: behavior_logp becomes None, the learner fills in old_logp."""

@@ -29,18 +29,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def sample_rows(step: int, groups: Sequence[Group], adv: Sequence[Tensor]) -> Iterable[dict[str, Any]]:
-    """Everything that went into the step's update, by sample. `advantage` is a number, or a list where tokens differ."""
+    """Everything that went into the step's update, by sample. `advantage` is a number, or a list where tokens differ.
+
+    A sample of several turns has `mask` (Sample.mask) besides; its per-token numbers are null where the mask is false.
+    """
     advantages = iter(adv)
     for group in groups:
         for s in group.samples:
             a = next(advantages).tolist()
+            masked = {} if s.mask is None else {"mask": s.mask}
             yield {
                 "schema": 1, "step": step, "id": s.id, "prompt_id": s.prompt_id, "role": s.role, "cohort": s.cohort, "prompt": group.prompt.text,
                 "gold": group.prompt.answer, "response": s.text, "finish": s.finish, "policy_version": s.policy_version, "reward": s.reward,
                 "score": s.verdict.score if s.verdict else None, "status": s.verdict.status if s.verdict else None,
                 "answer": s.verdict.answer if s.verdict else None, "detail": s.verdict.detail if s.verdict else "",
-                "advantage": a[0] if len(set(a)) == 1 else a, "weights": s.weights, "parent": s.parent, "context_ids": s.context_ids,
-                "token_ids": s.token_ids, "logprobs": s.behavior_logp, "streams": s.streams,
+                "advantage": a[0] if len(set(a)) == 1 else s.spread(a, None), "weights": s.weights, "parent": s.parent, "context_ids": s.context_ids,
+                "token_ids": s.token_ids, "logprobs": s.behavior_logp and s.spread(s.counted(s.behavior_logp), None),
+                "streams": {name: s.spread(s.counted(values), None) for name, values in s.streams.items()}, **masked,
             }  # fmt: skip
 
 

@@ -24,10 +24,14 @@ Row = dict[str, float | None]
 
 def view_of(samples: Sequence[Sample], learner: Learner, max_new_tokens: int) -> View:
     """This rank's samples as credit sees them."""
-    lengths = [len(s.token_ids) for s in samples]
+    lengths = [s.length for s in samples]
     names = {n for s in samples for n in s.streams}
-    streams = {n: [x for s, k in zip(samples, lengths, strict=True) for x in (s.streams.get(n) or [float("nan")] * k)] for n in names}
-    streams["behavior_logp"] = [x for s, k in zip(samples, lengths, strict=True) for x in (s.behavior_logp or [float("nan")] * k)]
+
+    def along(values: Sequence[Sequence[float] | None]) -> list[float]:
+        return [x for s, v in zip(samples, values, strict=True) for x in (s.counted(v) if v else [float("nan")] * s.length)]
+
+    streams = {n: along([s.streams.get(n) for s in samples]) for n in names}
+    streams["behavior_logp"] = along([s.behavior_logp for s in samples])
     return View(
         reward_S=torch.tensor([0.0 if s.reward is None else s.reward for s in samples], dtype=torch.float64),
         scored_S=torch.tensor([s.reward is not None for s in samples]),
@@ -63,7 +67,7 @@ def rollouts(session: Session, step: int, turn: Callable[[], object] | None = No
 
 
 def run_step(session: Session, step: int, *, ahead: int = 0) -> tuple[list[Group], list[Tensor], Row]:
-    """Step `step` (from 1): its groups, their advantages (one [n_tokens] tensor a sample, in order), and a row of metrics.
+    """Step `step` (from 1): its groups, their advantages (one [Sample.length] tensor a sample, in order), and a row of metrics.
 
     ahead: the rollouts of so many steps after this one are under way when it ends, see ahead.py.
     """
@@ -98,13 +102,13 @@ def run_step(session: Session, step: int, *, ahead: int = 0) -> tuple[list[Group
 
 
 def give_credit(rule: Rule, samples: Sequence[Sample], view: View, state: dict[str, State]) -> tuple[list[Tensor], dict[str, State]]:
-    """-> (advantages, one [n_tokens] tensor a sample; new state). The credit's channels become streams of the samples."""
-    lengths = [len(s.token_ids) for s in samples]
+    """-> (advantages, one [Sample.length] tensor a sample; new state). The credit's channels become streams of the samples."""
+    lengths = [s.length for s in samples]
     adv_T, state = rule.credit.update(view, state)
     channels, state = rule.credit.extra(view, state)
     for name, x_T in channels.items():
         for s, x in zip(samples, x_T.split(lengths), strict=True):
-            s.streams[name] = x.tolist()
+            s.streams[name] = s.spread(x.tolist())
     return list(adv_T.split(lengths)), state
 
 
@@ -282,12 +286,12 @@ def rollout_metrics(samples: Sequence[Sample], adv: Sequence[Tensor], learner: L
     for s, a in policy:
         cohorts[s.cohort] = cohorts.get(s.cohort, False) or bool(a.any())
         sums["n"] += 1
-        sums["tokens"] += len(s.token_ids)
+        sums["tokens"] += s.length
         sums["cut"] += s.finish == "length"
         sums[s.verdict.status if s.verdict else "error"] += 1
         if s.behavior_logp is not None:
-            sums["nll"] -= sum(s.behavior_logp)  # type: ignore[assignment]
-            sums["nll_n"] += len(s.behavior_logp)
+            sums["nll"] -= sum(s.counted(s.behavior_logp))  # type: ignore[assignment]
+            sums["nll_n"] += s.length
         if s.reward is not None:
             sums["scored"] += 1
             sums["reward"] += s.reward  # type: ignore[assignment]
@@ -295,7 +299,7 @@ def rollout_metrics(samples: Sequence[Sample], adv: Sequence[Tensor], learner: L
     sums["cohorts"], sums["live"] = len(cohorts), sum(cohorts.values())
     keys = ["n", "tokens", "cut", "ok", "no_answer", "timeout", "error", "nll", "nll_n", "scored", "reward", "square", "cohorts", "live"]
     t = dict(zip(keys, learner.all_sum(torch.tensor([float(sums[k]) for k in keys], dtype=torch.float64)).tolist(), strict=True))
-    longest = float(learner.all_max(torch.tensor([max((len(s.token_ids) for s, _ in policy), default=0)], dtype=torch.float64))[0])
+    longest = float(learner.all_max(torch.tensor([max((s.length for s, _ in policy), default=0)], dtype=torch.float64))[0])
     mean = t["reward"] / t["scored"] if t["scored"] else None
     return {
         "reward/mean": mean, "reward/std": None if mean is None else max(0.0, t["square"] / t["scored"] - mean**2) ** 0.5,

@@ -1,7 +1,9 @@
 """Packing, denominators, and the invariances: the gradient does not depend on how samples were cut into micro-batches."""
 
 import itertools
+import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,8 +22,8 @@ torch.set_num_threads(1)
 POLICY = Term(losses.pg_clip(), over="token")
 
 
-def make_samples(prompts=5, group=4, *, seed=0, weights=True):
-    """Groups that share their contexts; ragged, with every kind of stream and weight."""
+def make_samples(prompts=5, group=4, *, seed=0, weights=True, masked=False):
+    """Groups that share their contexts; ragged, with every kind of stream and weight. masked: every other one has tokens that do not count."""
     rng = random.Random(seed)
     out = []
     for g in range(prompts):
@@ -36,17 +38,20 @@ def make_samples(prompts=5, group=4, *, seed=0, weights=True):
                 "old_logp": [-3.1 + 0.6 * rng.random() for _ in range(n)],
                 "ref_logp": [-3.1 + 0.3 * rng.random() for _ in range(n)],
             }
+            if masked and i % 2:
+                s = replace(s, mask=[k == n // 2 or rng.random() < 0.5 for k in range(n)])
+                s.behavior_logp, s.streams = (s.spread(s.counted(s.behavior_logp)), {k: s.spread(s.counted(v)) for k, v in s.streams.items()})
             out.append(s)
     return out
 
 
 def make_adv(samples, seed=1):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(len(s.token_ids), generator=g, dtype=torch.float64) for s in samples]
+    return [torch.randn(s.length, generator=g, dtype=torch.float64) for s in samples]
 
 
 def zeros(samples):
-    return [torch.zeros(len(s.token_ids)) for s in samples]
+    return [torch.zeros(s.length) for s in samples]
 
 
 # ---------------------------------------------------------------- packing
@@ -269,6 +274,40 @@ def test_a_nan_log_prob_is_seen_by_the_metrics():
     assert token_metrics(batch, out, [POLICY])["gap_max"] != token_metrics(batch, out, [POLICY])["gap_max"]  # NaN, not 0
 
 
+# ---------------------------------------------------------------- tokens that do not count
+
+
+def test_a_mask_by_hand():
+    """An episode a b <eos> | o o | c <eos>: the environment's two tokens are inputs, and in no other tensor."""
+    nan = float("nan")
+    s = Sample("e", "p", [1, 5], [7, 8, 2, 9, 9, 6, 2], [-1.0, -2.0, -3.0, nan, nan, -4.0, -5.0], 0, mask=[True] * 3 + [False] * 2 + [True] * 2)
+    s.streams = {"turn": [0.0] * 5 + [1.0] * 2}
+    assert s.length == 5 and s.counted(s.token_ids) == [7, 8, 2, 6, 2] and s.spread([1, 2, 3, 4, 5], None) == [1, 2, 3, None, None, 4, 5]
+    (b,) = pack([s], [torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])], tokens=100)
+    assert b.ids_P.tolist() == [1, 5, 7, 8, 2, 9, 9, 6] and b.positions_P.tolist() == list(range(8))
+    assert b.tokens_T.tolist() == [7, 8, 2, 6, 2] and b.source_T.tolist() == [1, 2, 3, 6, 7]
+    assert b.adv_T.tolist() == [1, 2, 3, 4, 5] and b.behavior_logp_T.tolist() == [-1, -2, -3, -4, -5]
+    assert b.weight["policy"].tolist() == [1] * 5 and b.stream["turn"].tolist() == [0, 0, 0, 1, 1] and b.sample_T.tolist() == [0] * 5
+    assert [x.tolist() for x in seg_tokens(b.adv_T, b)] == [[1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize(("mask", "says"), [([False] * 2, "a mask of 2 of which 0 count"), ([True], "2 tokens, a mask of 1")])
+def test_a_mask_that_cannot_be(mask, says):
+    with pytest.raises(ValueError, match=says):
+        Sample("x", "p", [1], [5, 6], None, 0, mask=mask)
+
+
+def test_denominators_count_what_counts():
+    """Two samples of 4 tokens, one with a mask that leaves 1: 5 tokens, 2 samples."""
+    samples = [Sample("a", "p", [1], [5] * 4, None, 0), Sample("b", "p", [1], [5] * 4, None, 0, mask=[False, True, False, False])]
+    terms = [Term(losses.ce(), weight="policy", over=over) for over in ("token", "sample", "fixed")]
+    assert global_denominators(samples, terms, max_new_tokens=8) == [5.0, 2.0, 16.0]
+    (batch,) = pack(samples, zeros(samples), tokens=99)
+    out = Outputs(torch.tensor([-1.0, -1.0, -1.0, -1.0, -3.0]), torch.zeros(5))
+    values = [float(evaluate_terms([t], batch, out, [d])[0]) for t, d in zip(terms, [5.0, 2.0, 16.0], strict=True)]
+    assert values == pytest.approx([7 / 5, (1 + 3) / 2, 7 / 16])
+
+
 # ---------------------------------------------------------------- invariances of the gradient
 
 
@@ -311,7 +350,9 @@ def assert_same(a, b, tolerance=1e-6):
 
 
 def reference(learner):
-    samples, adv = make_samples(), make_adv(make_samples())
+    samples = make_samples(masked=True)
+    assert sum(s.length for s in samples) < sum(len(s.token_ids) for s in samples) - 20
+    adv = make_adv(samples)
     denominators = global_denominators(samples, TERMS, max_new_tokens=12)
     return samples, adv, denominators, gradient(learner, pack(samples, adv, tokens=10**6), denominators)
 
@@ -393,3 +434,23 @@ def test_old_log_prob_of_some_samples_only(learner):
     on = torch.tensor(["old_logp" not in samples[i].streams for i in b.sample_index])[b.sample_T]
     assert torch.equal(out.old_logp_T[on], out.logp_T.detach()[on])
     assert torch.equal(out.old_logp_T[~on].float(), b.stream["old_logp"][~on])
+
+
+def test_an_episode_is_its_turns(learner):
+    """One masked sample has the log-probs and, over tokens, the gradient of its turns as samples of their own."""
+    ids, mask = [7, 8, 2, 9, 9, 10, 6, 2, 11, 5], [True] * 3 + [False] * 3 + [True] * 2 + [False, True]
+    episode = Sample("e", "p", [1, 5, 4], ids, None, 0, mask=mask)
+    turns = [Sample(f"t{a}", "p", [1, 5, 4, *ids[:a]], ids[a:b], None, 0) for a, b in ((0, 3), (6, 8), (9, 10))]
+    whole, parts = pack([episode], [torch.arange(6.0)], tokens=99), pack(turns, [torch.arange(6.0)[a:b] for a, b in ((0, 3), (3, 5), (5, 6))], tokens=99)
+    logp = {i: x for s, b in ((turns, parts[0]),) for i, x in zip(b.sample_index, seg_tokens(learner.forward(b, Needs()).logp_T, b), strict=True)}
+    assert torch.allclose(learner.forward(whole[0], Needs()).logp_T, torch.cat([logp[0], logp[1], logp[2]]), atol=1e-6)
+    assert_same(gradient(learner, whole, [6.0], [POLICY]), gradient(learner, parts, [6.0], [POLICY]))
+
+
+def test_streams_of_the_learner_lie_at_the_tokens_that_count(learner):
+    samples = make_samples(prompts=1, masked=True)
+    for s in samples:
+        s.streams = {}
+    learner.add_stream("old_logp", samples, tokens=30)
+    for s in samples:
+        assert [math.isnan(x) for x in s.streams["old_logp"]] == [not on for on in s.mask or [True] * len(s.token_ids)]

@@ -7,7 +7,7 @@
 
 A trial is a tiny model over the alphabet below, 12 prompts and a verifier that finds some samples right, some wrong and some beyond judging. The
 checks: (1) the gradient is the same however the update is cut into micro-batches, (2) in whatever order prompts and their samples stand, (3) on one
-rank or on two; (4) samples do not depend on the rank that makes them; (5) a sample that could not be judged moves nothing by its policy weight;
+rank or on two, nor does what an environment might have said between tokens change it; (4) samples do not depend on the rank that makes them; (5) a sample that could not be judged moves nothing by its policy weight;
 (6) credit does not change its state in place, and a run resumed from a JSON copy of the rule's state and memory gives the same advantages;
 (7) two steps of the tiny model end with finite metrics and weights.
 """
@@ -20,6 +20,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -136,6 +137,8 @@ def cuts_orders_and_ranks(trial: Trial, make: Callable[[], Rule]) -> None:
             [lambda ranks, own=own: _gradients(rule, own, leaves, tokens=60, ranks=ranks) for own in (groups[:at], groups[at:])]  # type: ignore[misc]
         )
         _same({k: v for part in parts for k, v in part.items()}, want, f"two ranks, {at} and {len(groups) - at} prompts")
+    talked = [Group(g.prompt, [_interrupted(s) for s in g.samples]) for g in groups]
+    _same(_gradients(rule, talked, leaves, tokens=60), want, "an environment's tokens, which do not count, between those of the policy")
     names = {t.weight for t in rule.loss}
     for s in (s for g in groups for s in g.samples):
         if s.reward is None and not any(s.weights.get(n, 0.0) for n in names):
@@ -245,6 +248,20 @@ def _numbers(sample: Sample, rule: Rule) -> tuple[Tensor, Tensor]:
     if rule.needs.hidden:
         sample.streams |= numbers_of(rule.needs.hidden, torch.tensor(draw.standard_normal((n, 8)) + 1.0, dtype=torch.float32))
     return torch.tensor(old + 0.1 * draw.standard_normal(n)), torch.tensor(draw.random(n))
+
+
+def _interrupted(sample: Sample) -> Sample:
+    """The sample with three tokens that do not count (Sample.mask) put into its middle, as an environment's reply."""
+    at = len(sample.token_ids) // 2
+    if not at:
+        return sample
+    mask = [True] * at + [False] * 3 + [True] * (len(sample.token_ids) - at)
+    blank = replace(sample, token_ids=[0] * len(mask), behavior_logp=None, mask=mask)  # only for its spread()
+    streams = {name: blank.spread(values) for name, values in sample.streams.items()}
+    return replace(
+        sample, token_ids=blank.spread(sample.token_ids, 4), behavior_logp=sample.behavior_logp and blank.spread(sample.behavior_logp), mask=mask,
+        weights=dict(sample.weights), streams=streams,
+    )  # fmt: skip
 
 
 def _gradients(
