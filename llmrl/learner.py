@@ -151,7 +151,8 @@ class Learner:
     def _measured(
         self, policy: Policy, module: Any, samples: Sequence[Sample], tokens: int, *, entropy: bool = False, hidden: bool = False
     ) -> Iterator[tuple[Sample, Tensor]]:
-        """Each sample with its log-probs, entropies [n] or hidden states [n, D], n = Sample.length, by forwards without dropout; a micro-batch's are dropped before the next."""
+        """Each sample with its log-probs, entropies [n] or hidden states [n, D], n = Sample.length, by forwards without dropout; a micro-batch's are
+        dropped before the next."""
         training = policy.model.training
         policy.model.eval()
         batches = pack(samples, [torch.zeros(s.length) for s in samples], tokens=tokens)

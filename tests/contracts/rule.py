@@ -7,9 +7,9 @@
 
 A trial is a tiny model over the alphabet below, 12 prompts and a verifier that finds some samples right, some wrong and some beyond judging. The
 checks: (1) the gradient is the same however the update is cut into micro-batches, (2) in whatever order prompts and their samples stand, (3) on one
-rank or on two, nor does what an environment might have said between tokens change it; (4) samples do not depend on the rank that makes them; (5) a sample that could not be judged moves nothing by its policy weight;
-(6) credit does not change its state in place, and a run resumed from a JSON copy of the rule's state and memory gives the same advantages;
-(7) two steps of the tiny model end with finite metrics and weights.
+rank or on two, nor does what an environment might have said between tokens change it; (4) samples do not depend on the rank that makes them;
+(5) a sample that could not be judged moves nothing by its policy weight; (6) credit does not change its state in place, and a run resumed
+from a JSON copy of the rule's state and memory gives the same advantages; (7) two steps of the tiny model end with finite metrics and weights.
 """
 
 from __future__ import annotations
