@@ -33,6 +33,7 @@ KEYS: dict[str, list[dict[str, object]]] = {
     "verl_erank": [{"stride": 2, "kl": 0.05}, {"stride": 2, "last_token_only": True}],
     "spo": [{}, {"opponent": "answer", "scale": False}],
     "inpo": [{"eta": 0.5, "tau": 0.1}, {"opponent": "sibling", "both_ways": False}],
+    "urpo": [{"template": "tiny"}, {"template": "tiny", "calls": 2, "kl": 0.05}],
     "hbpo": [{"prefix": "({budget})", "budgets": [0.25, 0.5]}],
 }
 """What the tiny model needs, or what makes a rule show all it has; other rules run with their defaults."""

@@ -74,7 +74,11 @@ class Trial:
     """The tiny world that rules are tried in; each check starts from the same weights."""
 
     def __init__(self, folder: Path) -> None:
-        rows = [{"id": f"q{i}", "prompt": f"{i}+{i * 7 % 5}=", "answer": str(i + i * 7 % 5), "solution": f"{i}#{i}", "task": "ab"[i % 2]} for i in range(12)]
+        rows = [
+            {"id": f"q{i}", "prompt": f"{i}+{i * 7 % 5}=", "answer": str(i + i * 7 % 5), "solution": f"{i}#{i}", "task": "ab"[i % 2]}
+            | {"kind": ("open", "pref", "verif")[i % 3], "candidates": [f"{i}#{i}", "#1", "2"], "ranking": [2, 1, 0]}
+            for i in range(12)
+        ]
         (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         (folder / "trial.toml").write_text(RECIPE)
         self.session: Session = open_session(load_recipe(folder / "trial.toml"))
