@@ -159,6 +159,10 @@ class PromptStream:
         self.position += n * self.world
         return taken
 
+    def coming(self, n: int) -> list[Prompt]:
+        """The prompts at the next n global positions: what all ranks together take next. Takes none of them."""
+        return [self._at(self.position + i) for i in range(n)]
+
     def __iter__(self) -> Iterator[Prompt]:
         while True:
             yield self.take(1)[0]

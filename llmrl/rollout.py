@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +40,8 @@ class RolloutIO:
     """steps of the whole run, for what is annealed over it"""
     more_prompts: Callable[[int], list[Prompt]] | None = None
     """the next n prompts of this rank, for rules that refill; they count as used"""
+    step_prompts: Sequence[Prompt] = ()
+    """the step's prompts of all ranks, in an order that is the same on every rank, for what is shared out among them; empty: those of collect are all"""
     seconds: Counter[str] = field(default_factory=Counter)
     """wall time spent in "generate" and "score" """
     generated: int = 0
@@ -108,17 +111,21 @@ class timed:
         self.counter[self.name] += time.perf_counter() - self.start  # type: ignore[assignment]
 
 
-async def sample_groups(prompts: Sequence[Prompt], io: RolloutIO, *, mask_truncated: bool = False) -> list[Group]:
+async def sample_groups(
+    prompts: Sequence[Prompt], io: RolloutIO, *, mask_truncated: bool = False, sizes: Sequence[int] | None = None, sampling: Sampling | None = None
+) -> list[Group]:  # fmt: skip
     """The default collect: `io.group` samples of every prompt, each judged against its own prompt.
 
     mask_truncated: samples cut by the length limit keep their place in the group's statistics but train nothing (DAPO's overlong
-    filtering, arXiv:2503.14476 section 3.4).
+    filtering, arXiv:2503.14476 section 3.4). sizes: samples of each prompt, in place of io.group. sampling: in place of io.sampling; where
+    the distribution is another one than the learner's, the samples' log-probs are no longer comparable (Sample.recontext takes them off).
     """
     contexts = [io.chat.prompt_ids(p.messages) for p in prompts]
-    jobs = [(g, i) for g in range(len(prompts)) for i in range(io.group)]
+    sizes = sizes if sizes is not None else [io.group] * len(prompts)
+    jobs = [(g, i) for g, n in enumerate(sizes) for i in range(n)]
     if getattr(io.engine, "streams", False):
-        return await _streamed_groups(prompts, io, contexts, mask_truncated)
-    done = complete(prompts, contexts, io)
+        return await _streamed_groups(prompts, io, contexts, mask_truncated, sizes, sampling or io.sampling)
+    done = complete(prompts, contexts, io, sizes=sizes, sampling=sampling)
     verdicts = await io.verify([(prompts[g], done[g][i].text) for g, i in jobs])
     groups = [Group(p, []) for p in prompts]
     for (g, i), v in zip(jobs, verdicts, strict=True):
@@ -126,18 +133,24 @@ async def sample_groups(prompts: Sequence[Prompt], io: RolloutIO, *, mask_trunca
     return groups
 
 
-def complete(prompts: Sequence[Prompt], contexts: Sequence[Sequence[int]], io: RolloutIO) -> list[list[Completion]]:
-    """`io.group` completions of every prompt behind its context, judged by nobody: for rules that judge otherwise."""
-    done = io.sample([c for c in contexts for _ in range(io.group)], [(p.visit_id, i) for p in prompts for i in range(io.group)])
-    return [done[k * io.group : (k + 1) * io.group] for k in range(len(prompts))]
+def complete(
+    prompts: Sequence[Prompt], contexts: Sequence[Sequence[int]], io: RolloutIO, *, sizes: Sequence[int] | None = None, sampling: Sampling | None = None
+) -> list[list[Completion]]:  # fmt: skip
+    """Completions of every prompt behind its context, judged by nobody: for rules that judge otherwise. sizes, sampling: as in sample_groups."""
+    sizes = sizes if sizes is not None else [io.group] * len(prompts)
+    jobs = [(k, i) for k, n in enumerate(sizes) for i in range(n)]
+    done = iter(io.sample([contexts[k] for k, _ in jobs], [(prompts[k].visit_id, i) for k, i in jobs], sampling))
+    return [list(islice(done, n)) for n in sizes]
 
 
-async def _streamed_groups(prompts: Sequence[Prompt], io: RolloutIO, contexts: Sequence[list[int]], mask_truncated: bool) -> list[Group]:
+async def _streamed_groups(
+    prompts: Sequence[Prompt], io: RolloutIO, contexts: Sequence[list[int]], mask_truncated: bool, sizes: Sequence[int], sampling: Sampling
+) -> list[Group]:  # fmt: skip
     """The same from an engine that answers as it goes: a group is judged as soon as it is whole, while others still decode."""
 
-    async def one(prompt: Prompt, context: list[int]) -> tuple[list[tuple[Prompt, str]], list[Verdict], Group]:
-        keys = [(prompt.visit_id, i) for i in range(io.group)]
-        done = await io.engine.complete([Request(tuple(context), (*io.seed, *k), io.sampling) for k in keys])  # type: ignore[attr-defined]
+    async def one(prompt: Prompt, context: list[int], n: int) -> tuple[list[tuple[Prompt, str]], list[Verdict], Group]:
+        keys = [(prompt.visit_id, i) for i in range(n)]
+        done = await io.engine.complete([Request(tuple(context), (*io.seed, *k), sampling) for k in keys])  # type: ignore[attr-defined]
         ended.append(time.perf_counter())
         io.generated += sum(len(c.token_ids) for c in done)
         items = [(prompt, c.text) for c in done]
@@ -147,7 +160,7 @@ async def _streamed_groups(prompts: Sequence[Prompt], io: RolloutIO, contexts: S
 
     ended: list[float] = []
     began = time.perf_counter()
-    found = await asyncio.gather(*(one(p, c) for p, c in zip(prompts, contexts, strict=True)))
+    found = await asyncio.gather(*(one(p, c, n) for p, c, n in zip(prompts, contexts, sizes, strict=True)))
     io.seconds["generate"] += max(ended) - began  # type: ignore[assignment]
     io.seconds["score"] += time.perf_counter() - max(ended)  # type: ignore[assignment]
     check = getattr(io.verifier, "check_rate", None)

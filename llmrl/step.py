@@ -58,10 +58,12 @@ def rollouts(session: Session, step: int, turn: Callable[[], object] | None = No
             turn()
         return stream.take(n)
 
-    prompts = stream.take(r.rollout.prompts // session.world)
+    mine = r.rollout.prompts // session.world
+    everyone = stream.coming(mine * session.world)
+    prompts = stream.take(mine)
     io = RolloutIO(
         session.engine, session.scorer, session.policy.chat, session.memory.branch() if turn else session.memory, session.sampling, r.rollout.group,
-        (r.seed, step), steps=r.steps, more_prompts=more,
+        (r.seed, step), steps=r.steps, more_prompts=more, step_prompts=everyone,
     )  # fmt: skip
     return lambda: (asyncio.run(session.rule.collect(prompts, io)), io)  # type: ignore[arg-type]
 

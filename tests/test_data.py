@@ -330,6 +330,15 @@ def test_each_epoch_is_a_permutation_of_its_own():
     assert ids(PromptStream(prompts_of(3), seed=1, shuffle=False).take(7)) == list("0120120")
 
 
+def test_what_comes_is_what_the_ranks_take():
+    streams = [PromptStream(prompts_of(7), seed=1, rank=r, world=2) for r in range(2)]
+    for _ in range(3):  # across ends of epochs
+        coming = [s.coming(6) for s in streams]
+        assert coming[0] == coming[1] == streams[0].coming(6)
+        taken = [s.take(3) for s in streams]
+        assert [p for pair in zip(*taken, strict=True) for p in pair] == coming[0]
+
+
 def philox_words(key: tuple[int, int], n: int) -> list[int]:
     """Philox4x64-10 written out (Salmon et al., SC11, table 2), the counter starting at 1 as in numpy."""
     words: list[int] = []

@@ -68,6 +68,27 @@ def test_every_prompt_gets_its_group_judged_against_itself():
     assert set(io.seconds) == {"generate", "score"} and all(t >= 0 for t in io.seconds.values())
 
 
+class Streaming(TableEngine):
+    """Answers request by request."""
+
+    streams = True
+
+    async def complete(self, requests):
+        return self.generate(requests)
+
+
+@pytest.mark.parametrize("kind", [TableEngine, Streaming])
+def test_sizes_and_sampling_in_place_of_the_step_s(kind):
+    io = make_io(lambda name, i: f"{i}{name[1:]}")
+    asked = []
+    io.engine = kind(CHAT, lambda r: asked.append(r.sampling) or f"{r.seed[3]}")
+    groups = run(sample_groups, PROMPTS[:3], io, sizes=[1, 4, 2], sampling=Sampling(1, temperature=0.5))
+    assert scores(groups) == [[0], [0, 1, 2, 3], [0, 1]] and [s.id for s in groups[2].samples] == ["p2/0", "p2/1"]
+    assert asked == [Sampling(1, temperature=0.5)] * 7 and all(len(s.token_ids) == 1 for g in groups for s in g.samples)
+    assert io.generated == 7
+    assert scores(run(sample_groups, PROMPTS[:1], io)) == [[0, 1, 2]] and asked[-1] == io.sampling
+
+
 def test_what_could_not_be_judged_has_no_reward_and_no_weight():
     (group,) = run(sample_groups, PROMPTS[:1], make_io(lambda _, i: ["(", "", "5"][i]))
     assert [s.reward for s in group.samples] == [None, 0.0, 5 / 9]

@@ -105,10 +105,10 @@ class Trial:
         s.stream = PromptStream(s.tables.train, seed=5)
         return s
 
-    def collect(self, rule: Rule, prompts: Sequence[Prompt], step: int = 1) -> list[Group]:
-        """The rule's rollouts with the weights as they are."""
+    def collect(self, rule: Rule, prompts: Sequence[Prompt], step: int = 1, *, of: Sequence[Prompt] = ()) -> list[Group]:
+        """The rule's rollouts with the weights as they are. of: the prompts of all ranks, where `prompts` are those of one."""
         s = self.session
-        io = RolloutIO(s.engine, s.scorer, s.policy.chat, Memory(), s.sampling, s.recipe.rollout.group, (s.recipe.seed, step), steps=8)
+        io = RolloutIO(s.engine, s.scorer, s.policy.chat, Memory(), s.sampling, s.recipe.rollout.group, (s.recipe.seed, step), steps=8, step_prompts=of)
         return asyncio.run(rule.collect(prompts, io))  # type: ignore[arg-type]
 
 
@@ -159,7 +159,7 @@ def samples_do_not_know_their_rank(trial: Trial, make: Callable[[], Rule]) -> No
     def told(groups: Sequence[Group]) -> dict[str, Any]:
         return {s.id: (s.token_ids, s.context_ids, s.reward, s.weights, sorted(s.streams)) for g in groups for s in g.samples}
 
-    whole, parts = trial.collect(rule, prompts), [g for k in (0, 2) for g in trial.collect(rule, prompts[k : k + 2])]
+    whole, parts = trial.collect(rule, prompts), [g for k in (0, 2) for g in trial.collect(rule, prompts[k : k + 2], of=prompts)]
     assert told(whole), "the rule made no sample"
     assert told(whole) == told(parts), "a sample depends on the prompts beside it"
     for a, b in zip(whole, parts, strict=True):
