@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from llmrl import credit as c
-from llmrl.memory import Memory
 from llmrl.records import Group, InputError, Prompt
 from llmrl.rollout import RolloutIO, sample_groups
 from llmrl.rules import grpo as family
 from llmrl.rules.base import Rule
+
+if TYPE_CHECKING:
+    from llmrl.memory import Memory
 
 Allocate = Literal["exact", "greedy", "uniform"]
 
