@@ -2,6 +2,9 @@
 
 A file path that starts with `./` or `../` is relative to the recipe's folder (in an override: to the working directory);
 `run.dir` is relative to the working directory. Every problem found is listed in one InputError: file, line, dotted key, mend.
+
+`extends = "other.toml"` (first key, relative to this file) begins with another recipe: keys given here replace its keys, and a section given here
+with another `use` replaces its whole section, whose keywords were meant for another plug-in.
 """
 
 from __future__ import annotations
@@ -66,6 +69,7 @@ __all__ = [
 ]
 
 Origin = Literal["default", "file", "override"]
+Line = tuple[Path, int]
 M = TypeVar("M", bound=BaseModel)
 
 HOMES = {"engine": "llmrl.*_engine", "rule": "llmrl.rules", "verifier": "llmrl.rewards"}
@@ -81,8 +85,8 @@ class LoadedRecipe:
     path: Path
     base: Path
     """The recipe's folder: what `./` means in it."""
-    lines: dict[str, int]
-    """Dotted key -> line in the file."""
+    lines: dict[str, Line]
+    """Dotted key -> the file it stands in, and its line there."""
 
     def where(self, key: str) -> str:
         """The start of an error message about `key`, e.g. "recipes/a.toml, line 7: rule"."""
@@ -96,19 +100,14 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> LoadedRecipe
 
 def load_sections(
     kind: type[M], path: str | Path, overrides: Iterable[str], paths: Iterable[str], cross: Callable[[M], list[tuple[str, str]]] = lambda recipe: []
-) -> tuple[M, dict[str, Origin], Path, Path, dict[str, int]]:
+) -> tuple[M, dict[str, Origin], Path, Path, dict[str, Line]]:
     """What `LoadedRecipe` holds, of any recipe model with a section [run]: checked as `load_recipe` says.
 
     paths: dotted keys whose values are file paths where they look like one. cross: (key, message) of every problem between sections.
     """
     path = Path(path)
-    text = _read(path)
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise InputError(f"{path}: not valid TOML: {exc}") from exc
-    base, lines = path.resolve().parent, _lines(text)
-    _anchor(tree, base, paths)
+    base = path.resolve().parent
+    tree, lines = _tree(path, paths)
     origins: dict[str, Origin] = {key: "file" for key, _ in _leaves(tree)}
     overridden: set[str] = set()
     problems: list[str] = []
@@ -138,7 +137,7 @@ def load_sections(
 
 
 def check_plugins(loaded: LoadedRecipe) -> None:
-    """Resolve the three plug-ins and check their keys; nothing is built. Raises one InputError with a line for every problem.
+    """Resolve the plug-ins and check their keys; nothing is built. Raises one InputError with a line for every problem.
 
     A rule whose factory has the attribute `min_group` says how many samples a prompt it needs; without it, 2.
     """
@@ -152,12 +151,37 @@ def check_plugins(loaded: LoadedRecipe) -> None:
             continue
         _, found = plugins.check(factory, plugin.kwargs, name=plugin.use)
         problems += [f"{loaded.where(f'{section}.{key}')}: {message}" for key, message in found]
+        reserved = set(type(plugin).model_fields) & set(plugins.signature_of(factory))
+        problems += [f'{loaded.where(f"{section}.use")}: {plugin.use} has a keyword "{k}", a key of [{section}] itself; rename it' for k in sorted(reserved)]
         least = getattr(factory, "min_group", 2) if section == "rule" else 1
         if loaded.recipe.rollout.group < least:
             message = f"{plugin.use} compares the samples of a prompt: group must be {least} or more, not {loaded.recipe.rollout.group}"
             problems.append(f"{loaded.where('rollout.group')}: {message}")
+    problems += _composed(loaded)
     if problems:
         raise InputError("\n".join(problems))
+
+
+def _composed(loaded: LoadedRecipe) -> Iterator[str]:
+    """Problems of what [rule] plugs in beside `use`."""
+    from llmrl.compose import RULES, parts
+
+    try:
+        found = parts(loaded.recipe.rule)
+    except InputError as exc:
+        yield f"{loaded.where('rule.credit')}: {exc}"
+        return
+    for key, part, home in found:
+        where = f"{loaded.where('rule.' + key.split('[')[0])} ({key})"
+        try:
+            factory = plugins.resolve(part.use, home=home, base=loaded.base)
+        except InputError as exc:
+            yield f"{where}: {exc}"
+            continue
+        yield from (f"{where}: {message}" for _, message in plugins.check(factory, part.kwargs, name=part.use)[1])
+        least = getattr(factory, "min_group", 2) if home == RULES else 1
+        if loaded.recipe.rollout.group < least:
+            yield f"{where}: {part.use} compares the samples of a prompt: rollout.group must be {least} or more, not {loaded.recipe.rollout.group}"
 
 
 def _read(path: Path) -> str:
@@ -169,6 +193,39 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as exc:
         raise InputError(f"{path}: not UTF-8 text, as TOML must be: {exc}") from exc
+
+
+def _tree(path: Path, paths: Iterable[str], below: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, Line]]:
+    """The file as a table, file paths in it absolute, over the one that it extends; and where each key stands."""
+    text = _read(path)
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise InputError(f"{path}: not valid TOML: {exc}") from exc
+    lines: dict[str, Line] = {key: (path, line) for key, line in _lines(text).items()}
+    _anchor(tree, path.resolve().parent, paths if not below else (*paths, *(f"{section}.use" for section in HOMES)))
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree, lines
+    if not isinstance(parent, str):
+        raise InputError(f'{path}, line {lines["extends"][1]}: extends: got {parent!r}, expected the path of a recipe, e.g. "../quickstart.toml"')
+    chain = (*below, path.resolve())
+    file = path.parent / parent
+    if file.resolve() in chain:
+        raise InputError(f"{path}: extends {parent}, which extends it in turn: {' -> '.join(p.name for p in (*chain, file.resolve()))}")
+    under, theirs = _tree(file, paths, chain)
+    _merge(under, tree)
+    return under, {**theirs, **lines}
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> None:
+    """Puts `over` on `under`, in place."""
+    for key, value in over.items():
+        there = under.get(key)
+        if not isinstance(value, dict) or not isinstance(there, dict) or value.get("use", there.get("use")) != there.get("use"):
+            under[key] = value
+        else:
+            _merge(there, value)
 
 
 def _override(tree: dict[str, Any], override: str, paths: Iterable[str]) -> tuple[str, Any]:
@@ -263,13 +320,13 @@ def _cross_checks(recipe: Recipe) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- messages
 
 
-def _where(path: Path, lines: Mapping[str, int], overridden: Iterable[str], key: str) -> str:
+def _where(path: Path, lines: Mapping[str, Line], overridden: Iterable[str], key: str) -> str:
     if _within(key, overridden):
         return f"override {key}"
     parts = key.split(".")
     near = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    line = next((lines[k] for k in near if k in lines), None)
-    return f"{path}: {key}" if line is None else f"{path}, line {line}: {key}"
+    found = next((lines[k] for k in near if k in lines), None)
+    return f"{path}: {key}" if found is None else f"{found[0]}, line {found[1]}: {key}"
 
 
 def _explain(error: dict[str, Any], overridden: set[str], root: type[BaseModel]) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,11 +61,15 @@ class Transform(NamedTuple):
     name: str
     init: Callable[[], State]
     update: Callable[[Tensor, State, View], tuple[Tensor, State]]
+    per: Literal["sample", "token"] = "sample"
+    """Which chain it belongs to where a recipe lists it; in a `Credit` its place says so."""
+    streams: tuple[str, ...] = ()
+    """Those of `Needs` that it reads, for where a recipe lists it: "old_logp", "ref_logp", "old_entropy"."""
 
 
-def stateless(name: str, f: Callable[[Tensor, View], Tensor]) -> Transform:
+def stateless(name: str, f: Callable[[Tensor, View], Tensor], *, per: Literal["sample", "token"] = "sample", streams: tuple[str, ...] = ()) -> Transform:
     """A transform that carries nothing from step to step."""
-    return Transform(name, dict, lambda a, state, view: (f(a, view), state))
+    return Transform(name, dict, lambda a, state, view: (f(a, view), state), per, streams)
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ def kl_in_reward(*, coef: float) -> Transform:
     def f(a_S: Tensor, view: View) -> Tensor:
         return a_S - coef * seg_sum(_k1(view), view.sample_T, len(a_S))
 
-    return stateless("kl_in_reward", f)
+    return stateless("kl_in_reward", f, streams=("old_logp", "ref_logp"))
 
 
 def kl_to_go(*, coef: float) -> Transform:
@@ -199,7 +203,7 @@ def kl_to_go(*, coef: float) -> Transform:
         last = torch.zeros_like(view.length_S) + view.length_S.cumsum(0) - 1
         return a_T - coef * (upto[last][view.sample_T] - upto + k1)
 
-    return stateless("kl_to_go", f)
+    return stateless("kl_to_go", f, per="token", streams=("old_logp", "ref_logp"))
 
 
 def whiten(*, eps: float = 1e-8) -> Transform:
@@ -212,7 +216,14 @@ def whiten(*, eps: float = 1e-8) -> Transform:
         mean, var = moments(a_T, view.scored_S[view.sample_T].double(), view)
         return (a_T - mean) / (var + eps).sqrt()
 
-    return stateless("whiten", f)
+    return stateless("whiten", f, per="token")
+
+
+def clip_adv(*, limit: float = 5.0) -> Transform:
+    """min(max(a_t, -limit), limit): bounds what a rare reward in a nearly uniform group weighs. Per token. The limit is OUR CHOICE."""
+    if limit <= 0:
+        raise ValueError(f"clip_adv: limit is {limit}; it must be positive")
+    return stateless("clip_adv", lambda a_T, view: a_T.clamp(-limit, limit), per="token")
 
 
 def _k1(view: View) -> Tensor:

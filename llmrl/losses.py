@@ -27,6 +27,16 @@ def scales_with_advantage(fn: LossFn) -> LossFn:
     return fn
 
 
+def asks(*streams: str) -> Callable[[LossFn], LossFn]:
+    """Marks what a loss reads beyond logp_T, by the names of `Needs`: where a recipe adds the term, the rule then asks for it."""
+
+    def mark(fn: LossFn) -> LossFn:
+        fn.asks = streams  # type: ignore[attr-defined]
+        return fn
+
+    return mark
+
+
 def log_ratio(a_T: Tensor, b_T: Tensor) -> Tensor:
     """a - b, clamped to [-20, 20] nats."""
     return (a_T - b_T).clamp(-20.0, 20.0)
@@ -60,6 +70,7 @@ def on_channel(fn: LossFn, name: str) -> LossFn:
         return fn(replace(batch, adv_T=batch.stream[name].to(batch.adv_T)), out)
 
     on_channel.__name__ = f"{getattr(fn, '__name__', 'loss')}_{name}"
+    on_channel.scales_with_channel = name  # type: ignore[attr-defined]
     return on_channel
 
 
@@ -168,15 +179,18 @@ def kl_k1() -> LossFn:
     Source for k1, k2, k3: Schulman, "Approximating KL divergence" (2020).
     """
 
+    @asks("ref_logp")
     def kl_k1(batch: TokenBatch, out: Outputs) -> Tensor:
         return out.logp_T - _ref(out)
 
+    kl_k1.monitors = True  # type: ignore[attr-defined]
     return kl_k1
 
 
 def kl_k2() -> LossFn:
     """(logp - ref_logp)^2 / 2: biased value, gradient of KL(pi, ref) when on-policy."""
 
+    @asks("ref_logp")
     def kl_k2(batch: TokenBatch, out: Outputs) -> Tensor:
         return 0.5 * (out.logp_T - _ref(out)) ** 2
 
@@ -186,6 +200,7 @@ def kl_k2() -> LossFn:
 def kl_k3() -> LossFn:
     """exp(ref - logp) - (ref - logp) - 1 >= 0. Source: GRPO, arXiv:2402.03300 eq. 4. Log-ratio clamped to [-20, 20]."""
 
+    @asks("ref_logp")
     def kl_k3(batch: TokenBatch, out: Outputs) -> Tensor:
         d = log_ratio(_ref(out), out.logp_T)
         return d.exp() - d - 1
@@ -196,6 +211,7 @@ def kl_k3() -> LossFn:
 def entropy_bonus() -> LossFn:
     """-H_t in nats, H_t the entropy of the next-token distribution: a positive `coef` raises entropy. Needs(entropy=True)."""
 
+    @asks("entropy")
     def entropy_bonus(batch: TokenBatch, out: Outputs) -> Tensor:
         if out.entropy_T is None:
             raise ValueError("entropy_bonus: the rule must have Needs(entropy=True)")
@@ -225,7 +241,7 @@ def mismatch(
         return weight * fn(batch, out)
 
     corrected.__name__ = getattr(fn, "__name__", "loss")
-    for mark in ("scales_with_advantage", "clip_bounds"):
+    for mark in ("scales_with_advantage", "scales_with_channel", "clip_bounds"):
         if hasattr(fn, mark):
             setattr(corrected, mark, getattr(fn, mark))
     corrected.corrects_mismatch = True  # type: ignore[attr-defined]

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from llmrl import __version__
 from llmrl.checkpoint import write_atomic
+from llmrl.compose import parts
 from llmrl.config import HOMES, LoadedRecipe
 from llmrl.plugins import source_hash
 from llmrl.quantize import sizes
+from llmrl.recipe import RulePlugin
 from llmrl.records import InputError
 
 if TYPE_CHECKING:
@@ -23,12 +25,14 @@ MAY_CHANGE = ("run.", "checkpoint.", "scoring.workers", "scoring.concurrency", "
 
 
 def plugin_hashes(loaded: LoadedRecipe) -> dict[str, str]:
-    """sha256 of the source file behind each plug-in reference, the parts of a `combine` included."""
+    """sha256 of the source file behind each plug-in reference, the parts of a `combine` or of a composed rule included."""
     hashes = {}
     for section, home in HOMES.items():
         spec = getattr(loaded.recipe, section)
-        refs = [spec.use, *(p["use"] for p in spec.kwargs.get("parts", []) if isinstance(p, dict) and isinstance(p.get("use"), str))]
-        hashes |= {f"{section}:{ref}": source_hash(ref, home=home, base=loaded.base) for ref in refs}
+        inside = [p["use"] for p in spec.kwargs.get("parts", []) if isinstance(p, dict) and isinstance(p.get("use"), str)]
+        refs = [(ref, home) for ref in (spec.use, *inside)]
+        refs += [(part.use, at) for _, part, at in parts(spec)] if isinstance(spec, RulePlugin) else []
+        hashes |= {f"{section}:{ref}": source_hash(ref, home=at, base=loaded.base) for ref, at in refs}
     return hashes
 
 

@@ -128,6 +128,8 @@ class Plugin(_Section):
     @model_validator(mode="before")
     @classmethod
     def _split(cls, values: Any) -> Any:
+        if isinstance(values, str):  # an entry of a list: a bare reference
+            return {"use": values}
         if not isinstance(values, dict):
             return values
         own = set(cls.model_fields) - {"kwargs"}
@@ -145,8 +147,31 @@ class EnginePlugin(Plugin):
     many steps are under way, and go on across updates."""
 
 
+Mismatch = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+class TermPlugin(Plugin):
+    """A loss term beside the rule's own."""
+
+    coef: float
+    over: Literal["token", "sample", "fixed"] | None = None
+    """How it is reduced; None = as the rule's first term."""
+    weight: str = "policy"
+    """The weight of the samples that feed it."""
+
+
 class RulePlugin(Plugin):
+    """Keys beside the rule's own keywords; see llmrl/compose.py."""
+
     use: str = "grpo"
+    credit: list[Plugin] | None = None
+    """In place of the rule's credit: names (or {use = ..., keywords}) of transforms of llmrl/credit.py, of one other rule, of your own."""
+    loss: list[TermPlugin] = []
+    """Further terms: {use = a loss of llmrl/losses.py or your own, coef = ..., keywords}."""
+    mismatch: Mismatch | None = None
+    """Weighs the policy loss by exp(old_logp - behavior_logp), a token or a sequence, cut off at mismatch_max or masked beyond it."""
+    mismatch_max: Annotated[float, Field(gt=0)] | None = None
+    """None = 2."""
 
 
 class Scoring(_Section):

@@ -14,6 +14,7 @@ import torch
 from llmrl import plugins
 from llmrl.ahead import Ahead
 from llmrl.chat import Chat
+from llmrl.compose import build_rule
 from llmrl.config import HOMES, LoadedRecipe, check_plugins
 from llmrl.data import PromptStream, read_prompts, split_holdout
 from llmrl.learner import Learner
@@ -76,15 +77,6 @@ class Session:
         self.scorer.close()
         if hasattr(self.engine, "close"):
             self.engine.close()
-
-
-def rule_of(loaded: LoadedRecipe) -> Rule:
-    """The [rule] section, built. Raises InputError when the factory returns something else."""
-    spec = loaded.recipe.rule
-    rule = plugins.use(spec.use, spec.kwargs, home=HOMES["rule"], base=loaded.base, where="[rule]")
-    if not isinstance(rule, Rule):
-        raise InputError(f'[rule] use = "{spec.use}": the factory returned {type(rule).__name__}, not a llmrl.rules.base.Rule')
-    return rule
 
 
 def scorer_of(loaded: LoadedRecipe) -> Scorer:
@@ -253,7 +245,7 @@ def open_session(loaded: LoadedRecipe, *, sharded: bool = True) -> Session:
 
     check_plugins(loaded)
     r = loaded.recipe
-    rule = rule_of(loaded)
+    rule = build_rule(r.rule, loaded.base)
     if r.engine.max_staleness and not any(getattr(t.fn, "corrects_mismatch", False) for t in rule.loss):
         raise InputError(
             f"{loaded.where('engine.max_staleness')}: rollouts of older weights need a rule that corrects for them, and {r.rule.use} as it is set does "

@@ -194,6 +194,7 @@ def transfer(a: argparse.Namespace, model: str, server: str) -> dict[str, Any]:
 TURNS = '''"""Rollouts of a few requests one after the other."""
 from dataclasses import replace
 
+from llmrl.compose import with_mismatch
 from llmrl.records import Group
 from llmrl.rollout import make_sample
 from llmrl.rules.grpo import grpo
@@ -212,7 +213,7 @@ def turns(n: int = 1):
                 groups[g].samples.append(make_sample(prompts[g], i, contexts[g], c, v))
         return groups
 
-    return replace(grpo(mismatch="token_truncate"), collect=collect)
+    return replace(with_mismatch(grpo(), "token_truncate"), collect=collect)
 
 
 def judge():

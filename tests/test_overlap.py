@@ -129,6 +129,7 @@ def test_stale_samples_are_dropped_and_counted():
 TURNS = '''"""Rollouts of several requests one after the other, as turns are; they remember when they began, and note what they find."""
 from dataclasses import replace
 
+from llmrl.compose import with_mismatch
 from llmrl.rollout import make_sample
 from llmrl.records import Group
 from llmrl.rules.grpo import grpo
@@ -147,7 +148,7 @@ def turns():
                 g.samples.append(make_sample(g.prompt, i, context, c, v))
         return groups
 
-    return replace(grpo(mismatch="token_truncate"), collect=collect)
+    return replace(with_mismatch(grpo(), "token_truncate"), collect=collect)
 '''
 TWO = ["engine.max_staleness=2", "steps=8", "checkpoint={every=4, keep=9}", "eval.every=4"]
 

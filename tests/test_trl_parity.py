@@ -25,6 +25,7 @@ from torch.testing import assert_close
 
 from llmrl import credit as c
 from llmrl.batch import Outputs, evaluate_terms, global_denominators
+from llmrl.compose import with_mismatch
 from llmrl.records import Sample
 from llmrl.rules import grpo as family
 from llmrl.rules.base import Rule
@@ -202,7 +203,7 @@ def test_mismatch_weights(name, mode):
         scored = GRPOTrainer._generate_and_score_completions(trainer, [{"prompt": "x"}] * len(d.rewards))
         weights = scored["importance_sampling_ratio"]
         cut += int(((weights == 2.0) | (weights == 0.0)).sum())
-        rule = make(**ours, mismatch=mode, mismatch_max=2.0)
+        rule = with_mismatch(make(**ours), mode, 2.0)
         adv = torch.randn(len(d.rewards), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         more = {"use_vllm": True, "vllm_importance_sampling_correction": True, "importance_sampling_ratio": weights}
         ours_, theirs_ = our_loss(d, adv, rule), trl_loss(d, adv, **theirs, **more)

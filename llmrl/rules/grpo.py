@@ -2,9 +2,8 @@
 
 Common keywords: `kl` is the coefficient of a KL penalty to the starting model (0 = no reference model is made) in the form `kl_form`:
 "k2" and "k3" are terms of the loss, "k1" is taken off the reward, summed over the completion (in a loss it has no useful gradient);
-`entropy` the coefficient of an entropy bonus; `mismatch` multiplies the policy loss by the engine-mismatch weights of losses.mismatch, one
-a token or one a sequence, truncated at `mismatch_max` or masked beyond it (2.0 for token_truncate and 3.0 for sequence_mask are OUR
-CHOICE); `mask_truncated`: completions cut by the length limit train nothing. `std_eps` is OUR CHOICE (verl's; TRL 1e-4).
+`entropy` the coefficient of an entropy bonus; `mask_truncated`: completions cut by the length limit train nothing. `std_eps` is OUR CHOICE
+(verl's; TRL 1e-4). The correction of the engine's mismatch (`mismatch`) is a key that every rule has: llmrl/compose.py.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from llmrl.rollout import dynamic_groups, sample_groups
 from llmrl.rules.base import Needs, Over, Rule, Term
 
 KL = Literal["k1", "k2", "k3"]
-Mismatch = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 _NOTHING = Needs()
@@ -26,13 +24,9 @@ _NOTHING = Needs()
 
 def _rule(
     fn: losses.LossFn, sample: tuple[c.Transform, ...], over: Over, *, token: tuple[c.Transform, ...] = (), budget: int | None = None,
-    kl: float = 0.0, kl_form: KL = "k3", entropy: float = 0.0, mismatch: Mismatch | None = None, mismatch_max: float = 2.0,
-    dynamic: int = 0, mask_truncated: bool = False, needs: Needs = _NOTHING,
+    kl: float = 0.0, kl_form: KL = "k3", entropy: float = 0.0, dynamic: int = 0, mask_truncated: bool = False, needs: Needs = _NOTHING,
 ) -> Rule:  # fmt: skip
     """The common skeleton: policy term, then KL and entropy terms where their coefficient is not 0, all reduced alike."""
-    if mismatch is not None:
-        per, how = mismatch.split("_")
-        fn = losses.mismatch(fn, how, ratio_max=mismatch_max, over="token" if per == "token" else "sample")  # type: ignore[arg-type]
     terms = [Term(fn, over=over, budget=budget)]
     if kl and kl_form == "k1":
         sample, needs = (c.kl_in_reward(coef=kl), *sample), Needs(ref_logp=True, old_logp=True)
@@ -49,7 +43,7 @@ def _rule(
 
 def grpo(
     *, low: float = 0.2, high: float = 0.2, scale: Literal["group", "batch"] = "group", std_eps: float = 1e-6, kl: float = 0.0,
-    kl_form: KL = "k3", entropy: float = 0.0, mismatch: Mismatch | None = None, mismatch_max: float = 2.0, mask_truncated: bool = False,
+    kl_form: KL = "k3", entropy: float = 0.0, mask_truncated: bool = False,
 ) -> Rule:  # fmt: skip
     """Group-relative advantages, per-token clipping, mean over each completion and then over completions. arXiv:2402.03300.
 
@@ -59,28 +53,26 @@ def grpo(
     """
     divide = c.scale(eps=std_eps) if scale == "group" else c.scale_batch(eps=std_eps)
     return _rule(
-        losses.pg_clip(low, high), (c.center(), divide), "sample", kl=kl, kl_form=kl_form, entropy=entropy, mismatch=mismatch,
-        mismatch_max=mismatch_max, mask_truncated=mask_truncated,
+        losses.pg_clip(low, high), (c.center(), divide), "sample", kl=kl, kl_form=kl_form, entropy=entropy, mask_truncated=mask_truncated,
     )  # fmt: skip
 
 
 def dr_grpo(
     *, low: float = 0.2, high: float = 0.2, budget: int | None = None, kl: float = 0.0, kl_form: KL = "k3", entropy: float = 0.0,
-    mismatch: Mismatch | None = None, mismatch_max: float = 2.0, mask_truncated: bool = False,
+    mask_truncated: bool = False,
 ) -> Rule:  # fmt: skip
     """GRPO done right: (1) no division by the group's std, (2) a constant token budget instead of each completion's length.
 
     loss = sum_it clip(r_t, A_i) / (n_completions * budget). arXiv:2503.20783. budget None = rollout.max_new_tokens (paper: 3000).
     """
     return _rule(
-        losses.pg_clip(low, high), (c.center(),), "fixed", budget=budget, kl=kl, kl_form=kl_form, entropy=entropy, mismatch=mismatch,
-        mismatch_max=mismatch_max, mask_truncated=mask_truncated,
+        losses.pg_clip(low, high), (c.center(),), "fixed", budget=budget, kl=kl, kl_form=kl_form, entropy=entropy, mask_truncated=mask_truncated,
     )  # fmt: skip
 
 
 def dapo(
     *, low: float = 0.2, high: float = 0.28, std_eps: float = 1e-6, dynamic_rounds: int = 10, overlong_cache: int = 0, overlong_penalty: float = 1.0,
-    kl: float = 0.0, kl_form: KL = "k3", entropy: float = 0.0, mismatch: Mismatch | None = None, mismatch_max: float = 2.0, mask_truncated: bool = False,
+    kl: float = 0.0, kl_form: KL = "k3", entropy: float = 0.0, mask_truncated: bool = False,
 ) -> Rule:  # fmt: skip
     """grpo with (1) a higher upper clip, (2) the mean over all tokens, (3) dynamic sampling with refill, (4) soft overlong punishment.
 
@@ -90,24 +82,23 @@ def dapo(
     shaped = (c.overlong(cache=overlong_cache, penalty=overlong_penalty),) if overlong_cache else ()
     return _rule(
         losses.pg_clip(low, high), (*shaped, c.center(), c.scale(eps=std_eps)), "token", kl=kl, kl_form=kl_form, entropy=entropy,
-        mismatch=mismatch, mismatch_max=mismatch_max, dynamic=dynamic_rounds, mask_truncated=mask_truncated,
+        dynamic=dynamic_rounds, mask_truncated=mask_truncated,
     )  # fmt: skip
 
 
 def gspo(
     *, low: float = 3e-4, high: float = 4e-4, std_eps: float = 1e-6, kl: float = 0.0, kl_form: KL = "k3", entropy: float = 0.0,
-    mismatch: Mismatch | None = None, mismatch_max: float = 2.0, mask_truncated: bool = False,
+    mask_truncated: bool = False,
 ) -> Rule:  # fmt: skip
     """grpo with one length-normalised ratio a completion. arXiv:2507.18071; clip range the paper's, meant for batch.minibatches = 4."""
     return _rule(
-        losses.gspo(low, high), (c.center(), c.scale(eps=std_eps)), "sample", kl=kl, kl_form=kl_form, entropy=entropy, mismatch=mismatch,
-        mismatch_max=mismatch_max, mask_truncated=mask_truncated,
+        losses.gspo(low, high), (c.center(), c.scale(eps=std_eps)), "sample", kl=kl, kl_form=kl_form, entropy=entropy, mask_truncated=mask_truncated,
     )  # fmt: skip
 
 
 def cispo(
     *, ratio_max: float = 5.0, ratio_min: float = 0.0, std_eps: float = 1e-6, kl: float = 0.0, kl_form: KL = "k3", entropy: float = 0.0,
-    mismatch: Mismatch | None = None, mismatch_max: float = 2.0, mask_truncated: bool = False,
+    mask_truncated: bool = False,
 ) -> Rule:  # fmt: skip
     """grpo with (1) REINFORCE weighted by the clipped, detached ratio, so that no token loses its gradient, (2) the mean over all tokens.
 
@@ -115,12 +106,12 @@ def cispo(
     """
     return _rule(
         losses.cispo(ratio_max, ratio_min), (c.center(), c.scale(eps=std_eps)), "token", kl=kl, kl_form=kl_form, entropy=entropy,
-        mismatch=mismatch, mismatch_max=mismatch_max, mask_truncated=mask_truncated,
+        mask_truncated=mask_truncated,
     )  # fmt: skip
 
 
 def rloo(
-    *, kl: float = 0.05, entropy: float = 0.0, mismatch: Mismatch | None = None, mismatch_max: float = 2.0, mask_truncated: bool = False,
+    *, kl: float = 0.05, entropy: float = 0.0, mask_truncated: bool = False,
 ) -> Rule:  # fmt: skip
     """REINFORCE with a leave-one-out baseline, one action a completion. arXiv:2402.14740.
 
@@ -130,14 +121,14 @@ def rloo(
     """
     shaped = (c.kl_in_reward(coef=kl),) if kl else ()
     return _rule(
-        losses.reinforce(), (*shaped, c.rloo()), "fixed", budget=1, entropy=entropy, mismatch=mismatch, mismatch_max=mismatch_max,
+        losses.reinforce(), (*shaped, c.rloo()), "fixed", budget=1, entropy=entropy,
         mask_truncated=mask_truncated, needs=Needs(ref_logp=bool(kl), old_logp=bool(kl)),
     )  # fmt: skip
 
 
 def reinforce_pp(
-    *, low: float = 0.2, high: float = 0.2, kl: float = 0.001, baseline: bool = False, entropy: float = 0.0, mismatch: Mismatch | None = None,
-    mismatch_max: float = 2.0, mask_truncated: bool = False,
+    *, low: float = 0.2, high: float = 0.2, kl: float = 0.001, baseline: bool = False, entropy: float = 0.0,
+    mask_truncated: bool = False,
 ) -> Rule:  # fmt: skip
     """REINFORCE++: token returns with KL in the reward, whitened over the whole batch instead of the group. arXiv:2501.03262.
 
@@ -148,7 +139,7 @@ def reinforce_pp(
     sample = (c.center(),) if baseline else ()
     token = ((c.kl_to_go(coef=kl),) if kl else ()) + (c.whiten(),)
     return _rule(
-        losses.pg_clip(low, high), sample, "sample", token=token, entropy=entropy, mismatch=mismatch, mismatch_max=mismatch_max,
+        losses.pg_clip(low, high), sample, "sample", token=token, entropy=entropy,
         mask_truncated=mask_truncated, needs=Needs(ref_logp=bool(kl), old_logp=bool(kl)),
     )  # fmt: skip
 

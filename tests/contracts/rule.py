@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from llmrl import plugins
 from llmrl.batch import Outputs, evaluate_terms, global_denominators, pack, seg_tokens
-from llmrl.config import HOMES, load_recipe
+from llmrl.compose import build_rule
+from llmrl.config import load_recipe
 from llmrl.data import PromptStream
 from llmrl.learner import numbers_of
 from llmrl.memory import Memory
+from llmrl.recipe import RulePlugin
 from llmrl.records import Group, Prompt, Sample, Verdict
 from llmrl.rollout import RolloutIO, philox
 from llmrl.rules.base import Rule
@@ -116,7 +117,7 @@ def check_rule(trial: Trial, ref: str, keys: dict[str, Any] | None = None, *, ba
     """All checks of a rule by its reference and keywords, as a recipe's [rule] gives them. Raises AssertionError saying which failed."""
 
     def make() -> Rule:
-        return plugins.use(ref, keys or {}, home=HOMES["rule"], base=base or Path(), where="[rule]")
+        return build_rule(RulePlugin.model_validate({"use": ref, **(keys or {})}), base or Path())
 
     for check in (cuts_orders_and_ranks, samples_do_not_know_their_rank, two_steps_and_resume):
         check(trial, make)

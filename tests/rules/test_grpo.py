@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from llmrl.batch import Outputs, evaluate_terms, global_denominators
 from llmrl.chat import Chat, char_tokenizer
+from llmrl.compose import with_mismatch
 from llmrl.credit import View
 from llmrl.engine import TableEngine
 from llmrl.memory import Memory
@@ -48,7 +49,7 @@ def loss(rule, adv=(1.0, -1.0), width=8, logp=LOGP, old=OLD):
         (family.dr_grpo(), 0.062291),
         (family.dapo(), 0.130952),
         (family.dapo(high=0.2), 0.142380),
-        (family.dapo(mismatch="token_truncate"), 0.232521),
+        (with_mismatch(family.dapo(), "token_truncate"), 0.232521),
         (family.gspo(), -0.000350),
         (family.cispo(ratio_max=1.28), -0.176156),
         (family.dapo(kl=0.5), 0.130952 + 0.5 * 0.004749),
