@@ -119,7 +119,8 @@ def _may_lend(rule: Rule, name: str, at: str) -> None:
 
 def _joined(needs: Needs, other: Needs) -> Needs:
     """`needs` and what another rule's credit reads: the streams that are known before it."""
-    return replace(needs, **{k: getattr(needs, k) or getattr(other, k) for k in ("ref_logp", "old_logp", "old_entropy")})
+    streams = {k: getattr(needs, k) or getattr(other, k) for k in ("ref_logp", "old_logp", "old_entropy")}
+    return replace(needs, **streams, hidden={**needs.hidden, **other.hidden})
 
 
 def _is(rule: Rule, collect: Any) -> bool:

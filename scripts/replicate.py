@@ -20,7 +20,7 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -50,6 +50,12 @@ class Column(_Strict):
     """a JSON file in {out}, and"""
     path: str = ""
     """the place in it: keys and numbers joined by dots; * is the first entry there, *1 the second."""
+    over: Literal["last", "median"] = "last"
+    """Of `metric`: its last value, or the median over all steps."""
+    reach: tuple[str, float] | None = None
+    """(metric, level): `metric` at the first step at which that one is at least the level; nothing where it never is."""
+    relative: bool = False
+    """As a multiple of the first arm's, seed by seed."""
     scale: float = 1.0
     digits: int = 1
 
@@ -64,8 +70,11 @@ class Study(_Strict):
     name: str
     title: str
     recipe: str
+    """In it {arm} is the arm's name, where every arm has a recipe of its own; the warm start is then the first arm's."""
     arms: dict[str, list[str]]
     """Name -> overrides of the recipe. The first one is what the others are compared with."""
+    overrides: list[str] = []
+    """Of every arm, before its own."""
     seeds: list[int] = [0, 1, 2]
     shared_warm_start: bool = True
     """The recipe's [warm_start] runs once a seed (`llmrl sft`), and every arm begins with that model."""
@@ -96,6 +105,9 @@ class Runner:
 
     def run_dir(self, arm: str, seed: int) -> Path:
         return self.work / f"{arm}-{seed}"
+
+    def recipe(self, arm: str) -> str:
+        return str(self.here / self.study.recipe.replace("{arm}", arm))
 
     def results(self, arm: str, seed: int) -> Path:
         return self.work / "results" / f"{arm}-{seed}"
@@ -133,22 +145,22 @@ class Runner:
         """The warm-started model of a seed, what is prepared with it, and its own evaluation."""
         log = self.work / "logs" / f"start-{seed}.log"
         if self.study.shared_warm_start and not (self.base(seed) / "summary.json").exists():
-            recipe = str(self.here / self.study.recipe)
-            self.llmrl(["sft", recipe, f"seed={seed}", f"run.dir={self.base(seed)}", "--overwrite", "--json"], log)
+            self.llmrl(["sft", self.recipe(next(iter(self.study.arms))), f"seed={seed}", f"run.dir={self.base(seed)}", "--overwrite", "--json"], log)
         self.commands(self.study.prepare, "start", seed, self.base(seed), self.work / f"prepared-{seed}", log)
         if self.study.shared_warm_start:
             self.commands(self.study.evaluate, "start", seed, self.base(seed), self.results("start", seed), log)
 
     def arm(self, arm: str, seed: int) -> None:
         folder, log = self.run_dir(arm, seed), self.work / "logs" / f"{arm}-{seed}.log"
-        asked, kept = json.dumps(self.study.arms[arm]), self.work / "logs" / f"{arm}-{seed}.args"
+        own = [*self.study.overrides, *self.study.arms[arm]]
+        asked, kept = json.dumps(own), self.work / "logs" / f"{arm}-{seed}.args"
         if kept.is_file() and kept.read_text(encoding="utf-8") != asked:  # another arm under the same name
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(self.results(arm, seed), ignore_errors=True)
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(asked, encoding="utf-8")
         if not (folder / "summary.json").exists():
-            args = ["train", str(self.here / self.study.recipe), f"seed={seed}", f"run.dir={folder}", *self.study.arms[arm]]
+            args = ["train", self.recipe(arm), f"seed={seed}", f"run.dir={folder}", *own]
             if self.study.shared_warm_start:
                 args += [f"model.path={self.base(seed) / 'model'}", "model.tiny=", "warm_start="]
             args = [a.replace("{work}", str(self.work)).replace("{seed}", str(seed)) for a in args]
@@ -159,8 +171,12 @@ class Runner:
 def value_of(column: Column, run: Path, results: Path) -> float | None:
     """The number, or None where the file or the entry is not there."""
     if column.metric is not None:
-        rows = metrics(run)
-        return next((row[column.metric] for row in reversed(rows) if row.get(column.metric) is not None), None)
+        rows = [row for row in metrics(run) if row.get(column.metric) is not None]
+        if column.reach is not None:
+            name, level = column.reach
+            rows = [row for row in rows if row.get(name) is not None and row[name] >= level][:1]
+        values = [row[column.metric] for row in rows]
+        return None if not values else statistics.median(values) if column.over == "median" else values[-1]
     file = results / (column.file or "")
     if not file.is_file():
         return None
@@ -198,6 +214,14 @@ def report(runner: Runner, seeds: list[int], failed: list[str], command: str) ->
     head = ["| arm | " + " | ".join(c.title for c in study.columns) + " |", "|---|" + "---:|" * len(study.columns)]
     rows = (["start"] if study.shared_warm_start else []) + arms
     values = {a: [[value_of(c, runner.run_dir(a, s), runner.results(a, s)) for s in seeds] for c in study.columns] for a in rows}
+    first = values[arms[0]]
+    for own in values.values():
+        for k, column in enumerate(study.columns):
+            if column.relative:
+                own[k] = [x and y and x / y for x, y in zip(own[k], first[k], strict=True)] if own is not first else own[k]
+    for k, column in enumerate(study.columns):
+        if column.relative:
+            first[k] = [x and 1.0 for x in first[k]]
     lines = [f"`{command}`, seeds {', '.join(map(str, seeds))}. Mean over seeds ± half the 95 % t interval.", "", *head]
     lines += [f"| {a} | " + " | ".join(map(shown, values[a], study.columns)) + " |" for a in rows]
     lines += ["", f"Difference to {arms[0]}, seed by seed:", "", *head]
