@@ -40,6 +40,11 @@ def test_the_three_kinds():
     assert min(first.values()) > 50  # no place tells the answer
 
 
+def test_no_problem_is_both_demonstrated_and_trained_on():
+    own, shown = ({r["prompt"].split("\n")[0] for r in rows} for rows in (three_kinds(rows=5000), role_demonstrations(rows=5000)))
+    assert not own & shown and len(own | shown) == 2916 and abs(len(own) - 1458) < 150
+
+
 def test_demonstrations_are_right_as_often_as_they_say():
     hits, judged, careful, solved = 0, 0, 0, 0
     for d in DEMOS:
