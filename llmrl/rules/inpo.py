@@ -24,8 +24,9 @@ def inpo(*, eta: float = 7.5e-3, tau: float | None = None, opponent: str | None 
     the minimum. Differs from the paper: (1) iterations of a step in place of a few of a whole dataset; (2) preferences as in spo: by the verifier's
     scores, or by comparisons where `opponent` is given (then the best is the one of the highest win rate).
     Differs from exp_dpo: (3) the loss; both samples are the policy's own. eta 7.5e-3 and tau = eta / 3 (None) are the paper's, quoted through a
-    re-implementation; the small tiny model wants eta = 0.1 or more. OUR CHOICE: best against worst of the rollout's samples, the first of those alike. A
-    prompt whose samples are all alike, or fewer than two judged, has no pair. Sums, not means: as published.
+    re-implementation, for a large model at a small learning rate (the target is 67 nats); small models want a larger eta, so a nearer target. OUR CHOICE:
+    best against worst of the rollout's samples, the first of those alike. A prompt whose judged samples are all alike has no pair. Sums, not means: as
+    published.
     Metrics: rule/pairs_share, rule/reward (of all judged samples). A falling loss is no progress: watch the evaluation.
     """
     ratio = 1 / 3 if tau is None else tau / max(eta, 1e-300)
