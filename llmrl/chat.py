@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from llmrl.records import InputError, Message
+
+_TURN = "(a turn)"
+"""Stands for the assistant's text where only what the template puts behind it is wanted."""
+
+
+def _told(tools: Sequence[dict[str, Any]]) -> str:
+    """A description of tools in words, as Hermes models were taught them."""
+    calls = '<tool_call>{"name": ..., "arguments": {...}}</tool_call>'
+    return f"You may call these functions, by writing {calls}:\n" + "\n".join(json.dumps(tool) for tool in tools)
 
 
 class Chat:
@@ -15,16 +25,61 @@ class Chat:
         self.tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids)
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Ids of a conversation up to where the assistant begins to write.
 
+        tools: JSON schemas for the template; one that knows nothing of tools gets them as text in a system message.
         Without a chat template (a base model) the contents are joined by newlines, after the begin-of-text token if there is one.
         """
         tok = self.tokenizer
         if tok.chat_template:
-            return list(tok.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False))
+            messages = list(messages)
+            if tools and self._rendered(messages, tools) == self._rendered(messages, ()):
+                messages = [{"role": "system", "content": _told(tools)}, *messages]
+            more: dict[str, Any] = {"tools": list(tools)} if tools else {}
+            return list(tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False, **more))
         ids = tok("\n".join(m["content"] for m in messages), add_special_tokens=False)["input_ids"]
         return ([tok.bos_token_id] if tok.bos_token_id is not None else []) + list(ids)
+
+    def between_ids(self, messages: Sequence[Message], *, last_id: int, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Ids from the end of one turn of the assistant to the beginning of its next: the closing delimiter of the turn, unless `last_id`, the
+        last token that the model wrote, is it; the messages; the opening of the next turn.
+
+        Tokenised by itself, behind tokens that stay as they were sampled. A template that has no role "tool" gets such messages as "user". Texts of
+        special tokens are taken out of the messages: they would forge a turn. InputError where the tokenizer has no token for a character.
+        """
+        clean = [{**m, "content": self._harmless(m["content"])} for m in messages]
+        if strange := next((c for m in clean if (c := self.unknown(m["content"])) is not None), None):
+            raise InputError(f"the environment said something for which the tokenizer has no token: {strange!r}; add it to model.tiny.alphabet")
+        plain = "".join(f"\n{m['content']}" for m in clean)
+        text = self._after_turn(clean, tools) if self.tokenizer.chat_template else plain
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return ids[1:] if ids and ids[0] == last_id and last_id in self._special else ids
+
+    def _after_turn(self, messages: list[Message], tools: Sequence[dict[str, Any]]) -> str:
+        """What the template puts behind the text of an assistant's turn that these messages follow."""
+        asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _TURN}]
+        for found in (messages, [{**m, "role": "user"} if m["role"] == "tool" else m for m in messages]):
+            try:
+                text = self._rendered([*asked, *found], tools)
+            except Exception:  # whatever a template raises at a role that it does not know
+                continue
+            after = text.rpartition(_TURN)[2]
+            if _TURN in text and all(m["content"].strip() in after for m in found):
+                return after
+        raise InputError(f"the chat template cannot render the roles {[m['role'] for m in messages]} behind a turn of the assistant; set model.chat_template")
+
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
+        more: dict[str, Any] = {"tools": list(tools)} if tools else {}
+        return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **more)
+
+    def _harmless(self, content: str) -> str:
+        before = None
+        while before != content:  # taking one out may put another together
+            before = content
+            for token in self.tokenizer.all_special_tokens:
+                content = content.replace(token, "")
+        return content
 
     def completion_ids(self, text: str) -> list[int]:
         """Ids of a demonstration, with the end token: what a supervised step learns to write after `prompt_ids`."""

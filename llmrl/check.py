@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ def _prompt_as_trained(session: Session) -> Finding:
 
 def _gold(session: Session) -> Finding:
     """Feeds gold answers to the verifier in the forms that verifiers ask for, one form for all rows; demands 1.0."""
+    if session.recipe.verifier.use == "environment":
+        return Finding("gold answers score 1", True, 'the environment judges (verifier "environment"): tests/contracts/environment.py tries it')
     forms = plugins.resolve("llmrl.rewards.selfcheck:gold_forms", home="llmrl.rewards", base=Path())
     rows = list(islice((p for p in session.tables.train if p.answer is not None), GOLD_ROWS))
     if not rows and session.recipe.data.columns.get("answer") == "":
@@ -95,11 +97,12 @@ def _arithmetic(session: Session) -> Finding:
     r = session.recipe
     samples = r.rollout.prompts * r.rollout.group
     updates = r.batch.minibatches * r.batch.epochs
-    longest = session.tables.longest + r.rollout.max_new_tokens
+    most = session.most_tokens
+    longest = session.tables.longest + most if session.environment is None else session.environment.max_tokens or getattr(session.engine, "max_length", 0)
     ok = r.batch.tokens >= longest
     detail = (
         f"{r.rollout.prompts} prompts x {r.rollout.group} samples = {samples} completions a step, {updates} update{'s' if updates > 1 else ''}; at most "
-        f"{samples * r.rollout.max_new_tokens:,} tokens a step; {r.steps} steps see {r.steps * r.rollout.prompts / len(session.tables.train):.2f} epochs"
+        f"{samples * most:,} tokens a step; {r.steps} steps see {r.steps * r.rollout.prompts / len(session.tables.train):.2f} epochs"
     )
     if not ok:
         detail += f"; batch.tokens = {r.batch.tokens} is less than the longest sequence ({longest}): such a sample gets a micro-batch above the budget"
@@ -152,12 +155,23 @@ def _demonstration(session: Session) -> Finding:
     return Finding("one demonstration of the warm start", True, f"{chat.show(s.context_ids)}|{chat.show(s.token_ids)}  ({len(s.token_ids)} trained tokens)")
 
 
+def _as_trained(s: Sample, session: Session) -> str:
+    """The sample's text; what stands between << and >> the environment said, and it is not trained."""
+    chat = session.policy.chat
+    told = chat.show(s.context_ids) + "|<- trained from here|"
+    for on, part in groupby(zip(s.token_ids, s.mask or [True] * len(s.token_ids), strict=True), key=lambda pair: pair[1]):
+        text = chat.show([token for token, _ in part])
+        told += text if on else f"<<{text}>>"
+    return f"{told}\n{s.length} tokens of the policy, {len(s.token_ids) - s.length} of the environment; reward {s.reward}, ended: {s.finish}"
+
+
 def _rollout(session: Session) -> Iterator[Finding]:
     """Two groups through collect, verifier and credit, and the learner's log-probs against the engine's."""
     r = session.recipe
     io = RolloutIO(
-        session.engine, session.scorer, session.policy.chat, session.memory, session.sampling, r.rollout.group, (r.seed, 0), more_prompts=session.stream.take
-    )
+        session.engine, session.scorer, session.policy.chat, session.memory, session.sampling, r.rollout.group, (r.seed, 0),
+        more_prompts=session.stream.take, environment=session.environment,
+    )  # fmt: skip
     groups = asyncio.run(session.rule.collect(session.stream.take(2), io))  # type: ignore[arg-type]
     samples: list[Sample] = [s for g in groups for s in g.samples]
     unjudged = sum(s.verdict is not None and s.verdict.score is None for s in samples)  # texts of other roles carry no verdict
@@ -165,6 +179,8 @@ def _rollout(session: Session) -> Iterator[Finding]:
     told = "; ".join(f"{s.text.strip()[:60]!r} -> {s.reward}" for s in samples[:3])
     mean = sum(rewards) / max(1, len(rewards))
     yield Finding("a rollout", unjudged == 0, f"{len(samples)} samples of {len(groups)} prompts, mean reward {mean:.2f}, {unjudged} unjudged: {told}")
+    if session.environment is not None:
+        yield Finding("an episode", True, _as_trained(max(samples, key=lambda s: len(s.token_ids)), session))
     metrics: dict[str, float] = {}
     with torch.no_grad():
         for batch in pack(samples, [torch.zeros(s.length) for s in samples], tokens=r.batch.tokens):

@@ -28,6 +28,7 @@ from llmrl.recipe import (
     Checks,
     Data,
     EnginePlugin,
+    EnvironmentPlugin,
     Eval,
     Model,
     Optim,
@@ -49,6 +50,7 @@ __all__ = [
     "Checks",
     "Data",
     "EnginePlugin",
+    "EnvironmentPlugin",
     "Eval",
     "LoadedRecipe",
     "Model",
@@ -72,7 +74,7 @@ Origin = Literal["default", "file", "override"]
 Line = tuple[Path, int]
 M = TypeVar("M", bound=BaseModel)
 
-HOMES = {"engine": "llmrl.*_engine", "rule": "llmrl.rules", "verifier": "llmrl.rewards"}
+HOMES = {"engine": "llmrl.*_engine", "rule": "llmrl.rules", "verifier": "llmrl.rewards", "environment": "llmrl.environments"}
 """Where the bare names of the plug-in sections are looked up."""
 _PATHS = ("model.path", "model.chat_template", "data.path", "eval.data.path", "warm_start.data.path")
 
@@ -144,6 +146,8 @@ def check_plugins(loaded: LoadedRecipe) -> None:
     problems = []
     for section, home in HOMES.items():
         plugin = getattr(loaded.recipe, section)
+        if plugin is None:
+            continue
         try:
             factory = plugins.resolve(plugin.use, home=home, base=loaded.base)
         except InputError as exc:
@@ -407,7 +411,7 @@ def resolved(loaded: LoadedRecipe) -> list[tuple[str, Any, Origin]]:
     for name, section in loaded.recipe.model_dump(mode="json").items():
         for key, value in _leaves({name: section}):
             rows.append((key, value, loaded.origins.get(key, "default")))
-        if name in HOMES:
+        if name in HOMES and section is not None:
             factory = plugins.resolve(section["use"], home=HOMES[name], base=loaded.base)
             for key, (_, default) in plugins.signature_of(factory).items():
                 if key not in section:

@@ -29,6 +29,8 @@ def plugin_hashes(loaded: LoadedRecipe) -> dict[str, str]:
     hashes = {}
     for section, home in HOMES.items():
         spec = getattr(loaded.recipe, section)
+        if spec is None:
+            continue
         inside = [p["use"] for p in spec.kwargs.get("parts", []) if isinstance(p, dict) and isinstance(p.get("use"), str)]
         refs = [(ref, home) for ref in (spec.use, *inside)]
         refs += [(part.use, at) for _, part, at in parts(spec)] if isinstance(spec, RulePlugin) else []

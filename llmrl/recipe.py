@@ -1,6 +1,6 @@
 """The models of a recipe: its sections, keys, types, limits and defaults. Loading and overrides are in `llmrl.config`.
 
-Keys of [engine], [rule] and [verifier] other than `use` are keywords of the factory that `use` names; they are kept in `kwargs`.
+Keys of [engine], [rule], [verifier] and [environment] other than `use` are keywords of the factory that `use` names; they are kept in `kwargs`.
 """
 
 from __future__ import annotations
@@ -174,6 +174,17 @@ class RulePlugin(Plugin):
     """None = 2."""
 
 
+class EnvironmentPlugin(Plugin):
+    """What the policy talks with; without this section a sample is one completion."""
+
+    max_turns: Positive = 8
+    """Turns of the policy in an episode, at most; each has rollout.max_new_tokens."""
+    max_tokens: Positive | None = None
+    """Tokens of a whole episode, prompt included, at most; None = the model's positions."""
+    timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """Deadline of each reset, step and close, in seconds; an episode that passes it is not judged."""
+
+
 class Scoring(_Section):
     workers: Positive = 2
     """Verifier processes a rank."""
@@ -269,6 +280,7 @@ class Recipe(_Section):
     engine: EnginePlugin = EnginePlugin()
     rule: RulePlugin = RulePlugin()
     verifier: Plugin
+    environment: EnvironmentPlugin | None = None
     scoring: Scoring = Scoring()
     batch: Batch = Batch()
     learner: LearnerPlan = LearnerPlan()

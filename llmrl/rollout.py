@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,15 @@ class Scores(Protocol):
     """Anything that judges responses in order: scoring.Scorer, or a plain function in a test."""
 
     def score(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]: ...
+
+
+class Plays(Protocol):
+    """Makes whole episodes in an environment: turns.Episodes."""
+
+    async def play(
+        self, prompts: Sequence[Prompt], io: RolloutIO, *, mask_truncated: bool = False, sizes: Sequence[int] | None = None,
+        sampling: Sampling | None = None, before: Any = None,
+    ) -> list[Group]: ...  # fmt: skip
 
 
 @dataclass
@@ -42,6 +51,8 @@ class RolloutIO:
     """the next n prompts of this rank, for rules that refill; they count as used"""
     step_prompts: Sequence[Prompt] = ()
     """the step's prompts of all ranks, in an order that is the same on every rank, for what is shared out among them; empty: those of collect are all"""
+    environment: Plays | None = None
+    """the recipe's [environment]: the default collect then plays episodes in it"""
     seconds: Counter[str] = field(default_factory=Counter)
     """wall time spent in "generate" and "score" """
     generated: int = 0
@@ -111,6 +122,16 @@ class timed:
         self.counter[self.name] += time.perf_counter() - self.start  # type: ignore[assignment]
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def plays_episodes(collect: F) -> F:
+    """Marks a collect that works in an [environment] too: all its samples come from sample_groups, and it reads of them what episodes have."""
+    collect.plays_episodes = True  # type: ignore[attr-defined]
+    return collect
+
+
+@plays_episodes
 async def sample_groups(
     prompts: Sequence[Prompt], io: RolloutIO, *, mask_truncated: bool = False, sizes: Sequence[int] | None = None, sampling: Sampling | None = None
 ) -> list[Group]:  # fmt: skip
@@ -119,7 +140,10 @@ async def sample_groups(
     mask_truncated: samples cut by the length limit keep their place in the group's statistics but train nothing (DAPO's overlong
     filtering, arXiv:2503.14476 section 3.4). sizes: samples of each prompt, in place of io.group. sampling: in place of io.sampling; where
     the distribution is another one than the learner's, the samples' log-probs are no longer comparable (Sample.recontext takes them off).
+    With an [environment] the samples are episodes in it.
     """
+    if io.environment is not None:
+        return await io.environment.play(prompts, io, mask_truncated=mask_truncated, sizes=sizes, sampling=sampling)
     contexts = [io.chat.prompt_ids(p.messages) for p in prompts]
     sizes = sizes if sizes is not None else [io.group] * len(prompts)
     jobs = [(g, i) for g, n in enumerate(sizes) for i in range(n)]
@@ -179,6 +203,7 @@ def make_sample(prompt: Prompt, i: int, context_ids: Sequence[int], c: Completio
     )  # fmt: skip
 
 
+@plays_episodes
 async def dynamic_groups(prompts: Sequence[Prompt], io: RolloutIO, *, max_rounds: int = 10, mask_truncated: bool = False) -> list[Group]:
     """DAPO's dynamic sampling: keeps groups whose scores differ and refills with new prompts until there are len(prompts) of them.
 

@@ -172,8 +172,8 @@ class Scorer:
         with contextlib.suppress(OSError):  # full: it is awake anyway; closed: there is nobody to wake
             self._wake_in.send(b"x")
 
-    def check_rate(self, items: Sequence[tuple[Prompt, str]], verdicts: Sequence[Verdict]) -> None:
-        """The alarm of score(), for items that came in several small calls. Raises FailureRateError."""
+    def check_rate(self, items: Sequence[tuple[Prompt, str]], verdicts: Sequence[Verdict], *, by: str = "") -> None:
+        """The alarm of score(), for items that came in several small calls, or that something else judged (`by`). Raises FailureRateError."""
         failed = [(p, r, v) for (p, r), v in zip(items, verdicts, strict=True) if v.score is None]
         if len(items) < _RATE_MIN_ITEMS or len(failed) <= self.max_failure_rate * len(items):
             return
@@ -183,7 +183,7 @@ class Scorer:
             ranked.append((seen[kind], -kinds[kind], f"  prompt {p.id!r}: {v.status}: {v.detail[:300]}; response {r[:160]!r}"))
             seen[kind] += 1
         raise FailureRateError(
-            f"{len(failed)} of {len(items)} responses could not be judged by {self.factory_ref}, more than max_failure_rate = "
+            f"{len(failed)} of {len(items)} responses could not be judged by {by or self.factory_ref}, more than max_failure_rate = "
             f"{self.max_failure_rate:g}:\n" + "\n".join(line for *_, line in sorted(ranked)[:3])
         )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from llmrl.records import InputError, Prompt, Sampling
 from llmrl.rules.base import Rule
 from llmrl.scoring import Scorer
 from llmrl.strategy import Sharded, Strategy
+from llmrl.turns import Episodes
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Session:
     stream: PromptStream
     memory: Memory = field(default_factory=Memory)
     credit_state: dict[str, Any] = field(default_factory=dict)
+    environment: Episodes | None = None
     ahead: Ahead[Any] = field(default_factory=Ahead)
     """Rollouts of the next steps, where they run during this step's update."""
 
@@ -72,11 +76,48 @@ class Session:
     def world(self) -> int:
         return self.accelerator.num_processes
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that the policy can write in a sample, at most."""
+        n = self.sampling.max_new_tokens
+        return n if self.environment is None else self.environment.most_tokens(n, getattr(self.engine, "max_length", None))
+
     def close(self) -> None:
         self.ahead.close()
         self.scorer.close()
         if hasattr(self.engine, "close"):
             self.engine.close()
+
+
+def collect_fits(loaded: LoadedRecipe, rule: Rule) -> None:
+    """A rule that makes its samples in a way of its own plays no episodes, and one for episodes needs an environment."""
+    collect: Any = rule.collect
+    while isinstance(collect, partial):
+        collect = collect.func
+    name = loaded.recipe.rule.use
+    if loaded.recipe.environment is not None and not getattr(collect, "plays_episodes", False):
+        raise InputError(
+            f"{loaded.where('environment')}: the rule {name} makes its samples in a way of its own ({collect.__name__}), which knows no turns; use one "
+            "with the default collect, such as grpo or dapo (a collect of yours that takes its samples from sample_groups: llmrl.rollout.plays_episodes)"
+        )
+    if loaded.recipe.environment is None and getattr(collect, "needs_environment", False):
+        raise InputError(f"{loaded.where('rule.use')}: the rule {name} plays episodes; give the recipe a section [environment] (docs/agents.md)")
+
+
+def environment_of(loaded: LoadedRecipe) -> Episodes | None:
+    """The [environment] section, built. Raises InputError when the factory returns something else than what makes environments."""
+    spec = loaded.recipe.environment
+    if spec is None:
+        return None
+    make = plugins.use(spec.use, spec.kwargs, home=HOMES["environment"], base=loaded.base, where="[environment]")
+    one = make() if callable(make) else None
+    missing = [name for name in ("reset", "step", "close") if not inspect.iscoroutinefunction(getattr(one, name, None))]
+    if missing:
+        raise InputError(
+            f'[environment] use = "{spec.use}": what the factory returned must be a function that makes an environment, and its '
+            f"{', '.join(missing)} must be `async def` (docs/agents.md)"
+        )
+    return Episodes(make, spec.use, spec.max_turns, spec.max_tokens, spec.timeout_s)
 
 
 def scorer_of(loaded: LoadedRecipe) -> Scorer:
@@ -139,10 +180,13 @@ def read_tables(loaded: LoadedRecipe, chat: Chat) -> Tables:
 
 def _solutions_can_be_written(prompts: Sequence[Prompt], chat: Chat) -> None:
     """A demonstration with a character that the tokenizer lacks would ask for a token that is never sampled."""
-    letters = set().union(*(p.meta["solution"] for p in prompts))
-    strange = chat.unknown("".join(sorted(letters)))
+
+    def said(p: Prompt) -> str:
+        return p.meta["solution"] + "".join(message["content"] for message in p.meta.get("turns") or [])
+
+    strange = chat.unknown("".join(sorted(set().union(*map(said, prompts)))))
     if strange is not None:
-        row = next(p for p in prompts if strange in p.meta["solution"])
+        row = next(p for p in prompts if strange in said(p))
         raise InputError(f"row {row.id}: its solution holds {strange!r}, for which the tokenizer has no token; add it to model.tiny.alphabet")
 
 
@@ -245,7 +289,8 @@ def open_session(loaded: LoadedRecipe, *, sharded: bool = True) -> Session:
 
     check_plugins(loaded)
     r = loaded.recipe
-    rule = build_rule(r.rule, loaded.base)
+    rule, environment = build_rule(r.rule, loaded.base), environment_of(loaded)
+    collect_fits(loaded, rule)
     if r.engine.max_staleness and not any(getattr(t.fn, "corrects_mismatch", False) for t in rule.loss):
         raise InputError(
             f"{loaded.where('engine.max_staleness')}: rollouts of older weights need a rule that corrects for them, and {r.rule.use} as it is set does "
@@ -297,7 +342,10 @@ def open_session(loaded: LoadedRecipe, *, sharded: bool = True) -> Session:
             engine.close()
         raise
     ahead = Ahead(r.engine.max_staleness)
-    return Session(loaded, rule, tables, scorer, accelerator, policy, learner, engine, sampling, stream, credit_state=rule.credit.init(), ahead=ahead)
+    return Session(
+        loaded, rule, tables, scorer, accelerator, policy, learner, engine, sampling, stream, credit_state=rule.credit.init(), environment=environment,
+        ahead=ahead,
+    )  # fmt: skip
 
 
 def _trackers_exist(loaded: LoadedRecipe) -> None:

@@ -18,11 +18,18 @@ TERMS = (Term(ce(), weight="sft", name="sft"),)
 
 
 def demonstration(prompt: Prompt, learner: Learner) -> Sample:
-    """The row's solution as a sample that feeds the term "sft"; the end token is learnt too."""
+    """The row's solution as a sample that feeds the term "sft"; the end token is learnt too. Where the row has `turns` it is those: messages of
+    the assistant, which are learnt, and between them what an environment says to it, which is only read."""
     chat = learner.policy.chat
+    ids: list[int] = []
+    mask: list[bool] = []
+    for message in prompt.meta.get("turns") or [{"role": "assistant", "content": prompt.meta["solution"]}]:
+        own = message["role"] == "assistant"
+        new = chat.completion_ids(message["content"]) if own else chat.between_ids([message], last_id=ids[-1])
+        ids, mask = ids + new, mask + [own] * len(new)
     return Sample(
-        id=prompt.id, prompt_id=prompt.id, context_ids=chat.prompt_ids(prompt.messages), token_ids=chat.completion_ids(prompt.meta["solution"]),
-        behavior_logp=None, policy_version=learner.version, role="demonstration", weights={"sft": 1.0},
+        id=prompt.id, prompt_id=prompt.id, context_ids=chat.prompt_ids(prompt.messages), token_ids=ids, behavior_logp=None,
+        policy_version=learner.version, role="demonstration", weights={"sft": 1.0}, mask=None if all(mask) else mask,
     )  # fmt: skip
 
 
@@ -44,7 +51,7 @@ def supervise(
             samples = [demonstration(p, learner) for p in stream.take(examples // world)]
             denominators = global_denominators(samples, TERMS, max_new_tokens=1, all_sum=learner.all_sum)
             total = 0.0
-            batches = pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=tokens, groups=range(len(samples)))
+            batches = pack(samples, [torch.zeros(s.length) for s in samples], tokens=tokens, groups=range(len(samples)))
             for batch, last in learner.in_step(batches):
                 loss, shares = evaluate_terms(TERMS, batch, learner.forward(batch, Needs()), denominators)
                 learner.backward(loss, last)

@@ -63,7 +63,7 @@ def rollouts(session: Session, step: int, turn: Callable[[], object] | None = No
     prompts = stream.take(mine)
     io = RolloutIO(
         session.engine, session.scorer, session.policy.chat, session.memory.branch() if turn else session.memory, session.sampling, r.rollout.group,
-        (r.seed, step), steps=r.steps, more_prompts=more, step_prompts=everyone,
+        (r.seed, step), steps=r.steps, more_prompts=more, step_prompts=everyone, environment=session.environment,
     )  # fmt: skip
     return lambda: (asyncio.run(session.rule.collect(prompts, io)), io)  # type: ignore[arg-type]
 
@@ -90,7 +90,7 @@ def run_step(session: Session, step: int, *, ahead: int = 0) -> tuple[list[Group
             learner.add_stream(name, samples, tokens=r.batch.tokens)
         if rule.needs.hidden:
             learner.add_hidden_streams(rule.needs.hidden, samples, tokens=r.batch.tokens)
-        adv, session.credit_state = give_credit(rule, samples, view_of(samples, learner, session.sampling.max_new_tokens), session.credit_state)
+        adv, session.credit_state = give_credit(rule, samples, view_of(samples, learner, session.most_tokens), session.credit_state)
         learned = learn(session, groups, samples, adv, step)
     with timed(seconds, "wait"):
         if r.engine.max_staleness == 1:  # all of it is in before the weights change under it
@@ -195,7 +195,7 @@ def learn(session: Session, groups: Sequence[Group], samples: Sequence[Sample], 
         for part in minibatches(groups, r.batch.minibatches, (r.seed, step, "minibatch", epoch, session.rank)):
             mine = [i for k in part for i in places[k]]
             denominators = global_denominators(
-                [samples[i] for i in mine], rule.loss, max_new_tokens=session.sampling.max_new_tokens, groups=len(part), all_sum=learner.all_sum
+                [samples[i] for i in mine], rule.loss, max_new_tokens=session.most_tokens, groups=len(part), all_sum=learner.all_sum
             )
             live = mine if rule.needs.whole_groups else [i for i in mine if needs_forward(rule, samples[i], adv[i])]
             batches = pack(

@@ -16,7 +16,8 @@ BLOCKS = [(page.name, n, text) for page in PAGES for n, text in enumerate(re.fin
 
 def refuse_unknown(section: str, values: dict) -> None:
     if section in HOMES:
-        plugin = recipe.Recipe.model_fields[section].annotation.model_validate(values)
+        kind = recipe.Recipe.model_fields[section].annotation
+        plugin = getattr(kind, "__args__", [kind])[0].model_validate(values)  # an optional section: the model or None
         if plugin.use.startswith("./"):  # the README's own example, run in test_cli.py
             return
         factory = plugins.resolve(plugin.use, home=HOMES[section], base=REPO)

@@ -14,6 +14,7 @@ CORE = REPO / "llmrl"
 PLUGINS = {"llmrl.records", "llmrl.plugins"}
 """What any layer may import: the contract, and the one way to reach a plug-in."""
 ALLOWED = {
+    "llmrl.environments": {*PLUGINS, "llmrl.environments", "llmrl.environment", "llmrl.tools"},
     "llmrl.rewards": {*PLUGINS, "llmrl.rewards", "llmrl.scoring"},  # scoring: selfcheck proves a verifier in real worker processes
     "llmrl.evaluation": {*PLUGINS, "llmrl.evaluation", "llmrl.engine", "llmrl.rewards"},
     "llmrl.rules": {*PLUGINS, "llmrl.rules", "llmrl.credit", "llmrl.losses", "llmrl.segment", "llmrl.rollout", "llmrl.templates"}
@@ -27,7 +28,8 @@ def module_of(file: Path) -> str:
     return name.removesuffix(".__init__")
 
 
-FILES = {module_of(f): f for folder in (CORE, CORE / "rules", CORE / "rewards", CORE / "evaluation") for f in sorted(folder.glob("*.py"))}
+FOLDERS = (CORE, CORE / "rules", CORE / "environments", CORE / "rewards", CORE / "evaluation")
+FILES = {module_of(f): f for folder in FOLDERS for f in sorted(folder.glob("*.py"))}
 
 
 def is_typing_only(node: ast.stmt) -> bool:
@@ -104,7 +106,10 @@ def test_records_stand_alone():
     assert not ours("llmrl.records")
 
 
-@pytest.mark.parametrize("names", ["records recipe config plugins data scoring verify", "rewards", "evaluation.traces"])
+TORCHLESS = "records recipe config plugins data scoring verify environment tools environments.calculator environments.guessing"
+
+
+@pytest.mark.parametrize("names", [TORCHLESS, "rewards", "evaluation.traces"])
 def test_no_torch(names):
     """In a fresh process: what verifier workers, data checks and `llmrl show` load comes without torch."""
     modules = [f"llmrl.{name}" for name in names.split()]

@@ -20,7 +20,7 @@ from torch import Tensor
 from llmrl import credit as c
 from llmrl import losses
 from llmrl.records import Group, Prompt
-from llmrl.rollout import RolloutIO, sample_groups
+from llmrl.rollout import RolloutIO, plays_episodes, sample_groups
 from llmrl.rules.base import Needs, Rule, Term
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def _kl_old() -> losses.LossFn:
     return kl_cov
 
 
+@plays_episodes
 async def _with_draws(prompts: Sequence[Prompt], io: RolloutIO, *, mask_truncated: bool) -> list[Group]:
     groups = await sample_groups(prompts, io, mask_truncated=mask_truncated)
     for s in (s for g in groups for s in g.samples):

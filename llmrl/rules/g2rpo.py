@@ -13,7 +13,7 @@ from torch import Tensor
 from llmrl import credit as c
 from llmrl import losses
 from llmrl.records import Group, Prompt
-from llmrl.rollout import RolloutIO, sample_groups
+from llmrl.rollout import RolloutIO, plays_episodes, sample_groups
 from llmrl.rules.base import Over, Rule, Term
 from llmrl.segment import seg_mean
 
@@ -129,6 +129,7 @@ def _band(lo: float, hi: float) -> losses.LossFn:
     return entropy_band
 
 
+@plays_episodes
 async def _labelled_groups(
     prompts: Sequence[Prompt], io: RolloutIO, *, task: str, lengths: dict[str, Span], mask_truncated: bool
 ) -> list[Group]:  # fmt: skip
@@ -140,5 +141,5 @@ async def _labelled_groups(
             n = len(s.token_ids)
             s.streams["task"] = [float(zlib.crc32(name.encode()))] * n
             if lengths:
-                s.streams["length_reward"] = [trapezoid(n, span) if span else 0.0] * n
+                s.streams["length_reward"] = [trapezoid(s.length, span) if span else 0.0] * n
     return groups

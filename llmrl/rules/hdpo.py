@@ -12,7 +12,7 @@ from torch import Tensor
 from llmrl import credit as c
 from llmrl import losses
 from llmrl.records import Group, Prompt, Sample
-from llmrl.rollout import RolloutIO, sample_groups
+from llmrl.rollout import RolloutIO, plays_episodes, sample_groups
 from llmrl.rules.base import Over, Rule, Term
 from llmrl.segment import seg_count, seg_mean, seg_std
 
@@ -68,6 +68,7 @@ def _coupled(weight: float, right: float) -> c.Transform:
     return c.stateless("coupled", lambda a_S, view: a_S + weight * _reward(view, right)[0])
 
 
+@plays_episodes
 async def _counted_groups(
     prompts: Sequence[Prompt], io: RolloutIO, *, mark: str, right: float, eligible: Eligible, mask_truncated: bool
 ) -> list[Group]:  # fmt: skip
@@ -75,7 +76,8 @@ async def _counted_groups(
     groups = await sample_groups(prompts, io, mask_truncated=mask_truncated)
     for g in groups:
         for s in g.samples:
-            s.streams.setdefault("tool_calls", [float(s.text.count(mark))] * len(s.token_ids))
+            own = s.text if s.mask is None else io.chat.text(s.counted(s.token_ids))  # of an episode, what the policy wrote
+            s.streams.setdefault("tool_calls", [float(own.count(mark))] * len(s.token_ids))
         chosen = {s.id for s in _eligible(g, right, eligible)}
         for s in g.samples:
             s.weights["tool"] = s.weights["policy"] if s.id in chosen else 0.0

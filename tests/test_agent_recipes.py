@@ -1,0 +1,84 @@
+"""The recipes of recipes/agents on a smaller model: two steps, exact resume, evaluation by episodes; and what is refused before a model is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmrl.compose import build_rule
+from llmrl.config import check_plugins, load_recipe, resolved
+from llmrl.console import Console
+from llmrl.metrics import without_times
+from llmrl.records import InputError
+from llmrl.samples import read_rows
+from llmrl.session import collect_fits, environment_of
+from llmrl.train import train
+
+torch.set_num_threads(1)
+REPO = Path(__file__).parents[1]
+RECIPES = sorted((REPO / "recipes/agents").glob("*.toml"))
+SMALL = [
+    "steps=4", "model.tiny.hidden=32", "model.tiny.layers=1", "model.tiny.heads=2", "model.tiny.ffn=48", "data.args.rows=400", "data.holdout=8",
+    "rollout.prompts=4", "rollout.group=3", "batch.tokens=150", "eval.rows=8", "eval.every=2", "checkpoint.every=2", "checkpoint.keep=9",
+    "warm_start.steps=30", "warm_start.examples=8", "warm_start.optim.warmup_steps=0", "scoring.workers=1", 'data.columns={solution="solution"}',
+]  # fmt: skip
+
+
+def run(path, folder, *more, **kw):
+    return train(load_recipe(path, [*SMALL, f"run.dir={folder}", *more]), console=Console(quiet=True), **kw)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_it_trains_and_a_resumed_run_is_the_same_run(path, tmp_path):
+    summary = run(path, tmp_path / "whole")
+    assert summary["steps"] == 4 and summary["accuracy_after"] is not None
+    run(path, tmp_path / "cut")
+    (tmp_path / "cut/checkpoints/step-000004").rename(tmp_path / "gone")  # as a run that was killed behind step 2
+    run(path, tmp_path / "cut", resume=True)
+    for name in (f"samples/step-{k:06d}.jsonl.gz" for k in (1, 2, 3, 4)):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+    rows = [[without_times(json.loads(line)) for line in (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in ("whole", "cut")]
+    assert rows[0] == rows[1]
+    samples = [s for k in (1, 2, 3, 4) for s in read_rows(tmp_path / f"whole/samples/step-{k:06d}.jsonl.gz")]
+    talked = [s for s in samples if "mask" in s]
+    assert talked and all(s["mask"][-1] and s["logprobs"][s["mask"].index(False)] is None for s in talked)
+    assert rows[0][-1]["rule/turns"] > 1 and rows[0][-1]["rule/environment_failed"] == 0
+    assert f"environment:{load_recipe(path).recipe.environment.use}" in json.loads((tmp_path / "whole/manifest.json").read_text())["plugins"]
+
+
+def test_show_and_check_know_the_section():
+    loaded = load_recipe(REPO / "recipes/agents/guessing.toml", ["environment.per_turn=-0.1"])
+    values = {key: (value, origin) for key, value, origin in resolved(loaded)}
+    assert values["environment.per_turn"] == (-0.1, "override") and values["environment.turns"] == (3, "file")
+    assert values["environment.timeout_s"] == (30.0, "default")
+    with pytest.raises(InputError, match=r"environment.turn: .*nearest: \"turns\""):
+        check_plugins(load_recipe(REPO / "recipes/agents/guessing.toml", ["environment.turn=3"]))
+
+
+def fits(rule):
+    loaded = load_recipe(REPO / "recipes/agents/guessing.toml", [f"rule.use={rule}"])
+    collect_fits(loaded, build_rule(loaded.recipe.rule, loaded.base))
+
+
+@pytest.mark.parametrize(("rule", "collect"), [("expo", "_collect|explained|collect"), ("spae", "_probed_groups")])
+def test_a_rule_with_samples_of_its_own_is_refused(rule, collect):
+    with pytest.raises(InputError, match=rf"the rule {rule} makes its samples in a way of its own \(.*({collect})"):
+        fits(rule)
+
+
+PLAY = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "a_grae", "adora", "canon", "drpo", "ssl", "grpo_n"]
+PLAY += ["clip_cov", "hdpo", "g2rpo"]
+
+
+@pytest.mark.parametrize("rule", PLAY)
+def test_rules_that_play(rule):
+    fits(rule)
+
+
+def test_what_is_no_environment_is_refused(tmp_path):
+    text = "class E:\n    async def reset(self, p, s): ...\n    def step(self, a): ...\n\ndef make(): return E\ndef none(): return 3\n"
+    (tmp_path / "env.py").write_text(text)
+    for name, says in (("make", "its step, close must be `async def`"), ("none", "its reset, step, close must be")):
+        with pytest.raises(InputError, match=says):
+            environment_of(load_recipe(REPO / "recipes/agents/guessing.toml", [f"environment.use={tmp_path}/env.py:{name}", "environment.turns="]))
