@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from llmrl.chat import Chat
 from llmrl.compose import build_rule
 from llmrl.config import HOMES, LoadedRecipe, check_plugins
 from llmrl.data import PromptStream, read_prompts, split_holdout
+from llmrl.environment import Make
 from llmrl.learner import Learner
 from llmrl.memory import Memory
 from llmrl.models import Policy, load_policy, load_tokenizer
@@ -117,7 +118,7 @@ def environment_of(loaded: LoadedRecipe) -> Episodes | None:
             f'[environment] use = "{spec.use}": what the factory returned must be a function that makes an environment, and its '
             f"{', '.join(missing)} must be `async def` (docs/agents.md)"
         )
-    return Episodes(make, spec.use, spec.max_turns, spec.max_tokens, spec.timeout_s)
+    return Episodes(cast(Make, make), spec.use, spec.max_turns, spec.max_tokens, spec.timeout_s)
 
 
 def scorer_of(loaded: LoadedRecipe) -> Scorer:
