@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class RewardModel:
         self.model, self.tokenizer, self.tokens = model.requires_grad_(False).eval(), tokenizer, tokens
         self._rho: dict[int, float] = {}
         self._shared: Any = None
+        self._head: Tensor | None = None
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu", *, dtype: str = "float32") -> RewardModel:
@@ -52,6 +54,17 @@ class RewardModel:
         """The input embeddings, [V, D]."""
         return self.model.get_input_embeddings().weight
 
+    @property
+    def slope(self) -> Tensor:
+        """The head's weights, [D]: the reward is <slope, last hidden state> and a constant."""
+        return self.model.score.weight.detach()[0] if self._head is None else self._head
+
+    def with_head(self, slope_D: Tensor) -> RewardModel:
+        """The same backbone under another head without a constant: a value of its own, to be followed like the reward."""
+        other = copy.copy(self)
+        other._head = slope_D.detach()
+        return other
+
     def score(self, items: Sequence[Item]) -> list[float]:
         """The reward of each response. No gradient."""
         if not items:
@@ -59,6 +72,16 @@ class RewardModel:
         ids, lengths = padded([t for _, t in items])
         with torch.no_grad():
             return self.value([c for c, _ in items], ids, lengths, self.table[ids.to(self.table.device)]).tolist()
+
+    def features(self, items: Sequence[Item]) -> Tensor:
+        """The last hidden state that the head reads, [N, D] fp32 on the CPU. No gradient."""
+        ids, lengths = padded([t for _, t in items])
+        out = torch.empty(len(items), self.slope.shape[0])
+        for rows in self._rows([c for c, _ in items], lengths):
+            with torch.no_grad():
+                u = self.table[ids[rows].to(self.table.device)]
+                out[rows] = self._hidden([items[i][0] for i in rows], ids[rows], [lengths[i] for i in rows], u).float().cpu()
+        return out
 
     def value(self, contexts: Sequence[Sequence[int]], ids_NT: Tensor, lengths: Sequence[int], u_NTD: Tensor) -> Tensor:
         """Reward [N] of responses given as embeddings, differentiable in u. ids_NT says which place is the last one (see the class)."""
@@ -127,6 +150,10 @@ class RewardModel:
             yield part
 
     def _forward(self, contexts: Sequence[Sequence[int]], ids_NT: Tensor, lengths: Sequence[int], u_NTD: Tensor) -> Tensor:
+        hidden = self._hidden(contexts, ids_NT, lengths, u_NTD)
+        return (self.model.score(hidden)[:, 0] if self._head is None else hidden @ self._head.to(hidden)).to(u_NTD.dtype)
+
+    def _hidden(self, contexts: Sequence[Sequence[int]], ids_NT: Tensor, lengths: Sequence[int], u_NTD: Tensor) -> Tensor:
         table, pad = self.table, self.model.config.get_text_config().pad_token_id
         device = table.device
         longest = max(len(c) + n for c, n in zip(contexts, lengths, strict=True))
@@ -142,8 +169,7 @@ class RewardModel:
         r, t, a = (torch.tensor(x, device=device) for x in (row, to, at))
         embedded = embedded.index_put((r, t), u_NTD.to(device, table.dtype)[r, a])
         hidden = self.model.base_model(inputs_embeds=embedded, attention_mask=mask.to(device), use_cache=False).last_hidden_state
-        picked = hidden[torch.arange(len(last), device=device), torch.tensor(last, device=device)]
-        return self.model.score(picked)[:, 0].to(u_NTD.dtype)
+        return hidden[torch.arange(len(last), device=device), torch.tensor(last, device=device)]
 
 
 def nearest_other(table_VD: Tensor, rows: Tensor) -> Tensor:

@@ -55,6 +55,8 @@ class Moved:
     """False where the guard put the sampled tokens back."""
     displacement: float = 0.0
     """Mean distance that a position that may move went, in units of rho."""
+    passes: int = 0
+    """Forwards of the policy that decoding among candidates took; see equal_compute."""
 
 
 # ---------------------------------------------------------------- flow and decoding
@@ -115,25 +117,25 @@ def _closest(u_MD: Tensor, table_VD: Tensor, among_MK: Tensor) -> Tensor:
 
 def restricted_rows(
     policy: Policy, items: Sequence[Item], u_NTD: Tensor, moves_NT: Tensor, table_VD: Tensor, free_V: Tensor, k: int
-) -> list[list[int]]:
-    """Nearest rows among the policy's k likeliest tokens given the already decoded prefix, and the sampled token itself.
+) -> tuple[list[list[int]], list[int]]:
+    """Nearest rows among the policy's k likeliest tokens given the already decoded prefix, and the sampled token itself; and of each, the forwards.
 
     All positions are decoded at once behind a guess (at first: the sampled tokens), again and again until nothing changes: position t is
     right once those before it are, so this ends with what decoding one by one gives, after as many forwards as tokens at most.
     """
     own = [torch.tensor(list(t), device=u_NTD.device) for _, t in items]
-    now, todo = [list(t) for _, t in items], list(range(len(items)))
+    now, todo, passes = [list(t) for _, t in items], list(range(len(items))), [0] * len(items)
     while todo:
         changed = []
         for i, top in zip(todo, _top(policy, [(items[i][0], now[i]) for i in todo], k), strict=True):
-            n = len(now[i])
+            n, passes[i] = len(now[i]), passes[i] + 1
             top = torch.where(free_V[top := top.to(u_NTD.device)], top, own[i][:, None])
             found = _closest(u_NTD[i, :n], table_VD, torch.cat([own[i][:, None], top], 1))
             new = torch.where(moves_NT[i, :n], found, own[i]).tolist()
             changed += [i] if new != now[i] else []
             now[i] = new
         todo = changed
-    return now
+    return now, passes
 
 
 @torch.no_grad()
@@ -221,8 +223,9 @@ def _move(
     u, seen = flow_embeddings(lambda at: reward.slopes(contexts, ids, lengths, at), start, moves, groups, rho=rho, present_NT=present, **how)
     with torch.no_grad():
         flowed = reward.value(contexts, ids, lengths, u).tolist()
+    passes = [0] * len(items)
     if candidates and isinstance(policy, Policy) and seen:
-        new = restricted_rows(policy, items, u, moves, table, free_V, candidates)
+        new, passes = restricted_rows(policy, items, u, moves, table, free_V, candidates)
     else:
         decoded = here.clone()
         if seen:
@@ -231,8 +234,8 @@ def _move(
     far = ((u - start).norm(dim=-1) * moves).sum(1) / moves.sum(1).clamp(min=1) / rho
     before = seen[0].tolist() if seen else flowed
     return [
-        Moved(y, b, f, b, sum(x != z for x, z in zip(y, t, strict=True)) / len(t), 0.0, True, d)
-        for y, b, f, (_, t), d in zip(new, before, flowed, items, far.tolist(), strict=True)
+        Moved(y, b, f, b, sum(x != z for x, z in zip(y, t, strict=True)) / len(t), 0.0, True, d, k)
+        for y, b, f, (_, t), d, k in zip(new, before, flowed, items, far.tolist(), passes, strict=True)
     ]
 
 
@@ -295,11 +298,12 @@ def _mmd(space: RewardModel, before: Sequence[Item], after: Sequence[Item]) -> f
     return sum(found) / max(1, len(found))
 
 
-def equal_compute(n: int, steps: int, *, generate: float, score: float, reference: float = 0.0) -> float:
+def equal_compute(n: int, steps: int, *, generate: float, score: float, reference: float = 0.0, passes: float = 2.0) -> float:
     """N' of the best-of-N' that costs what transport of n responses costs. Costs of one response, in seconds or FLOPs, all alike.
 
-    generate: sampling it; score: one forward of the reward model; reference: one teacher-forced forward of the policy (0 without guard).
-    n (generate + (3 L + 2) score + 2 reference) / (generate + score) for L > 0: a backward pass counts as two forwards; the last forward
-    before decoding and that of the decoded tokens are the 2. n for L = 0.
+    generate: sampling it; score: one forward of the reward model; reference: one teacher-forced forward of the policy; passes: how many of
+    those, 2 for the guard (0 without), and Moved.passes where decoding is among candidates.
+    n (generate + (3 L + 2) score + passes reference) / (generate + score) for L > 0: a backward pass counts as two forwards; the last
+    forward before decoding and that of the decoded tokens are the 2. n for L = 0.
     """
-    return n * (generate + (3 * steps + 2) * score + 2 * reference) / (generate + score) if steps else float(n)
+    return n * (generate + (3 * steps + 2) * score + passes * reference) / (generate + score) if steps else float(n)

@@ -4,7 +4,8 @@
 
 A seed: the reference (a warm start), its samples, pairs labelled by noisy gold, two reward models of other halves of the samples (the second only
 looks on), then on the same held-out prompts: best-of-N, transport at every L, and policies trained on the same pairs or the same reward model.
-Gold is a formula (recipes/replication/vgf/ring.py) that no arm sees. What is done is kept below runs/replication/vgf/ and not done again.
+Gold is a formula (recipes/replication/vgf/ring.py) that no arm sees. All of it for every variant of the task that the study names, beside each
+other. What is done is kept below runs/replication/vgf/ and not done again.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ STUDY: dict[str, Any] = {}
 
 
 class Seed:
-    """One seed's folder and steps; each step leaves a file by which it is known to be done."""
+    """One seed of one variant of the task: its folder and steps; each step leaves a file by which it is known to be done."""
 
-    def __init__(self, seed: int, work: Path):
-        self.seed, self.work, self.log = seed, work / f"seed-{seed}", work / f"seed-{seed}.log"
+    def __init__(self, seed: int, work: Path, variant: str):
+        self.seed, self.variant, self.name = seed, variant, f"{slug(variant)}-{seed}"
+        self.args = STUDY["variants"][variant]
+        self.work, self.log = work / self.name, work / f"{self.name}.log"
         self.work.mkdir(parents=True, exist_ok=True)
         self.start = self.work / "start"
 
@@ -55,16 +58,19 @@ class Seed:
     def sample(self, model: Path, out: str, rows: int, seed: int, n: int) -> Path:
         file = self.work / out
         if not file.exists():
-            self.llmrl("sample", str(model), "--data", TASK, "--args", json.dumps({"rows": rows, "seed": seed}), "--out", str(file), "-n", str(n),
+            self.llmrl("sample", str(model), "--data", TASK, "--args", json.dumps({"rows": rows, "seed": seed, **self.args}), "--out", str(file), "-n", str(n),
                        "--max-new-tokens", "16", "--verifier", GOLD, "--seed", str(self.seed))  # fmt: skip
         return file
+
+    def task_overrides(self) -> list[str]:
+        return [f"{place}.args.{k}={json.dumps(v)}" for k, v in self.args.items() for place in ("data", "warm_start.data")]
 
     # ------------------------------------------------------------ what all arms share
 
     def prepare(self) -> None:
         """Reference, samples, pairs, both reward models."""
         if not (self.start / "summary.json").exists():
-            self.llmrl("sft", str(HERE / "small.toml"), f"seed={self.seed}", f"run.dir={self.start}", "--overwrite")
+            self.llmrl("sft", str(HERE / "small.toml"), f"seed={self.seed}", f"run.dir={self.start}", *self.task_overrides(), "--overwrite")
         train = self.sample(self.start, "train.jsonl.gz", STUDY["train_prompts"], 2, 8)
         if not (self.work / "pairs-0.jsonl").exists():
             self.write_pairs(train)
@@ -95,7 +101,7 @@ class Seed:
 
     def test_time(self) -> None:
         """Best-of-N and transport on the same samples; one row of numbers an arm and a prompt."""
-        from llmrl.lm_transport import RewardModel, equal_compute
+        from llmrl.lm_transport import RewardModel
         from llmrl.models import load_policy
         from llmrl.recipe import Model
         from llmrl.scoring import Scorer
@@ -108,19 +114,20 @@ class Seed:
         reward, second = (RewardModel.load(self.work / f"reward-{k}" / "reward_model") for k in (0, 1))
         groups = [list(g) for _, g in groupby(traces(self.work / "eval.jsonl.gz"), key=lambda t: t.prompt_id)]
         n, pool = STUDY["n"], STUDY["pool"]
-        arms: dict[str, list[dict[str, Any]]] = {"reference": [own_row(g[0], [t.score for t in g[pool:]]) for g in groups]}
+        arms = {"reference": [{**own_row(g[0], [t.score for t in g[pool:]]), "ceiling": max(t.score for t in g[:pool])} for g in groups]}
         items = [(policy.chat.prompt_ids(t.messages), t.token_ids) for g in groups for t in g[:pool]]
         scores, others = reward.score(items), second.score(items)
-        extra = sorted({round(equal_compute(n, s, generate=1, score=1, reference=1)) for s in STUDY["steps"]})
-        for size in [n, *[x for x in extra if x <= pool]]:
-            arms[f"best of {size}"] = best_of(groups, scores, others, pool, size)
+        arms[f"best of {n}"] = best_of(groups, scores, others, pool, n)
+        moved_arms, sizes = {}, {pool}
         with Scorer(GOLD, {}, REPO) as scorer:
-            for name, how in [(f"VGF, L = {s}{label}", transport_of(s, how)) for label, how in STUDY["transports"].items() for s in STUDY["steps"]]:
+            for name, steps, how in transports():
                 began = time.perf_counter()
                 moved = list(move_traces(policy, reward, [t for g in groups for t in g[:n]], how, second=second, score=scorer.score, raw=False, prompts=100))
-                arms[name] = [moved_row(moved[k * n : (k + 1) * n], [t.score for t in g[pool:]]) for k, g in enumerate(groups)]
-                print(f"seed {self.seed}: {name} in {time.perf_counter() - began:.0f} s", flush=True)
-        out.write_text(json.dumps(arms), encoding="utf-8")
+                moved_arms[name] = [moved_row(moved[k * n : (k + 1) * n], [t.score for t in g[pool:]]) for k, g in enumerate(groups)]
+                sizes.add(fair_size(moved_arms[name], steps, how))
+                print(f"{self.name}: {name} in {time.perf_counter() - began:.0f} s", flush=True)
+        arms |= {f"best of {size}": best_of(groups, scores, others, pool, size) for size in sorted(sizes)}
+        out.write_text(json.dumps(arms | moved_arms), encoding="utf-8")
 
     def trained(self, arm: str) -> None:
         """A policy trained by the study's overrides, and one sample of it a prompt."""
@@ -129,7 +136,8 @@ class Seed:
             return
         if not (run / "summary.json").exists():
             names = {"{work}": str(self.work), "{reward}": str(self.work / "reward-0" / "reward_model"), "{task}": TASK}
-            args = [f"seed={self.seed}", f"run.dir={run}", f"model.path={self.start / 'model'}", "model.tiny=", "warm_start=", *STUDY["arms"][arm]]
+            args = [f"seed={self.seed}", f"run.dir={run}", f"model.path={self.start / 'model'}", "model.tiny=", "warm_start="]
+            args += [*(x for x in self.task_overrides() if x.startswith("data.")), *STUDY["arms"][arm]]
             for mark, value in names.items():
                 args = [a.replace(mark, value) for a in args]
             self.llmrl("train", str(HERE / "small.toml"), *args, "--overwrite")
@@ -185,6 +193,23 @@ def transport_of(steps: int, keywords: dict[str, Any]) -> Any:
     return Transport(steps=steps, **{k: None if v == "none" else v for k, v in keywords.items()})  # type: ignore[arg-type]
 
 
+def transports() -> list[tuple[str, int, Any]]:
+    """(arm, L, how) of all test-time arms."""
+    return [(f"VGF, L = {s}{label}", s, transport_of(s, how)) for label, how in STUDY["transports"].items() for s in STUDY["steps"]]
+
+
+def fair_size(rows: list[dict[str, Any]], steps: int, how: Any) -> int:
+    """N' of the best-of-N' that costs as much (`equal_compute`), at most the pool.
+
+    In forwards of a token, all three models being of one size: sampling a response, scoring it, and a teacher-forced look at it cost 1 each, for
+    the key-value cache makes sampling no dearer in operations. On a GPU sampling is slower by the clock, and N' smaller.
+    """
+    from llmrl.lm_transport import equal_compute
+
+    passes = (2.0 if how.guard is not None else 0.0) + statistics.mean(r["all_passes"] for r in rows)
+    return min(STUDY["pool"], round(equal_compute(STUDY["n"], steps, generate=1, score=1, reference=1, passes=passes)))
+
+
 def own_row(trace: Any, against: list[float]) -> dict[str, Any]:
     return {"gold": trace.score, "all_gold": trace.score, "against": against}
 
@@ -205,7 +230,7 @@ def moved_row(own: list[Any], against: list[float]) -> dict[str, Any]:
     row: dict[str, Any] = {"gold": own[win].score, "all_gold": statistics.mean(t.score for t in own), "against": against}
     row |= {"reward": told[win]["reward_after"], "second": told[win]["second_after"]}
     return row | {f"all_{k}": statistics.mean(float(d[k]) for d in told) for k in
-                  ("reward_before", "reward_flowed", "reward_after", "changed_share", "kept", "ref_drop", "second_after")}  # fmt: skip
+                  ("reward_before", "reward_flowed", "reward_after", "changed_share", "kept", "ref_drop", "second_after", "passes")}  # fmt: skip
 
 
 # ---------------------------------------------------------------- report
@@ -234,51 +259,84 @@ COLUMNS = {"gold of the one returned": "gold", "gold, all particles": "all_gold"
 
 
 def report(runs: list[Seed], failed: list[str], command: str) -> str:
+    lines = [f"`{command}`. {STUDY['eval_prompts']} prompts a seed; mean over seeds ± half the 95 % t interval (one seed: over prompts).", ""]
+    for variant in STUDY["variants"]:
+        lines += variant_report([r for r in runs if r.variant == variant], variant)
+    lines += ["![VGF in small](docs/replication-vgf.png)", "", *(f"Failed: {f}" for f in failed)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def variant_report(runs: list[Seed], variant: str) -> list[str]:
     rows = [r.rows() for r in runs]
     arms = list(dict.fromkeys(a for r in rows for a in r))
     rm = [json.loads(f.read_text(encoding="utf-8"))["held_out"] for r in runs if (f := r.work / "reward-0" / "summary.json").is_file()]
     labels = [json.loads(line) for r in runs if (f := r.work / "pairs-0.jsonl").is_file() for line in f.read_text(encoding="utf-8").splitlines()]
-    lines = [f"`{command}`. {STUDY['eval_prompts']} prompts a seed; mean over seeds ± half the 95 % t interval (one seed: over prompts).", ""]
-    if rm:
+    lines = [f"**Task: {variant}**", ""]
+    if rm and any(rows):
         right, ece, agree = statistics.mean(x["accuracy"] for x in rm), statistics.mean(x["ece"] for x in rm), statistics.mean(x["right"] for x in labels)
-        lines += [f"Reward model on held-out pairs: accuracy {right:.3f}, ECE {ece:.3f}; labels agree with gold on {agree:.3f}.", ""]
+        top = shown([[x["ceiling"] for x in r["reference"]] for r in rows if "reference" in r])
+        lines += [f"Reward model on held-out pairs: accuracy {right:.3f}, ECE {ece:.3f}; labels agree with gold on {agree:.3f}. Highest gold among a "
+                  f"prompt's {STUDY['pool']} samples of the reference: {top}.", ""]  # fmt: skip
     lines += ["| arm | win rate vs. reference (%) | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) + 1)]
-    for a in arms:
+    ends = (f"best of {STUDY['n']}", f"best of {STUDY['pool']}")
+    for a in (a for a in arms if not a.startswith("best of") or a in ends):  # those between are in the second table
         there = [r[a] for r in rows if a in r]
         cells = [shown([[win(x) for x in own] for own in there], 1)]
         cells += [shown([v for own in there if (v := [x[key] for x in own if key in x])]) for key in COLUMNS.values()]
         lines.append(f"| {a} | " + " | ".join(cells) + " |")
-    lines += ["", "![VGF in small](docs/replication-vgf.png)", "", *(f"Failed: {f}" for f in failed)]
-    return "\n".join(lines).rstrip() + "\n"
+    return [*lines, "", *equal_compute_table(rows), ""]
+
+
+def equal_compute_table(rows: list[dict[str, list[dict[str, Any]]]]) -> list[str]:
+    """Each transport against the best-of-N' of its cost, on the same prompts and opponents."""
+    lines = ["| transport | N' of equal compute | win rate (%) | best of N' (%) | difference (points) | difference of gold |", "|---|" + "---:|" * 5]
+    for name, steps, how in transports():
+        there = [(r[name], r[f"best of {size}"], size) for r in rows if name in r for size in [fair_size(r[name], steps, how)]]
+        if there:
+            wins = [[[win(x) for x in own] for own in pair] for *pair, _ in there]
+            apart = [[a - b for a, b in zip(*pair, strict=True)] for pair in wins]
+            gold = [[a["gold"] - b["gold"] for a, b in zip(mine, theirs, strict=True)] for mine, theirs, _ in there]
+            cells = [f"{statistics.mean(size for *_, size in there):.0f}", shown([w[0] for w in wins], 1), shown([w[1] for w in wins], 1)]
+            lines.append(f"| {name} | " + " | ".join([*cells, shown(apart, 1), shown(gold)]) + " |")
+    return lines
 
 
 def draw(runs: list[Seed], out: Path) -> None:
-    """Gold beside the reward that is followed, over L: of the response returned, one panel a transport."""
+    """Gold beside the reward that is followed, over L: of the response returned, mean over seeds. A row a variant, a column a transport."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r.rows() for r in runs]
-    start = f"best of {STUDY['n']}"
-    figure, axes = plt.subplots(1, len(STUDY["transports"]), figsize=(4.2 * len(STUDY["transports"]), 3.4), squeeze=False, layout="constrained")
-    for ax, label in zip(axes.flat, STUDY["transports"], strict=True):
-        names = [(0, start)] + [(s, f"VGF, L = {s}{label}") for s in STUDY["steps"]]
-        right = ax.twinx()
-        curves = (ax, "gold", "C0", "gold"), (right, "reward", "C3", "reward followed (decoded)"), (right, "all_reward_flowed", "C1", "embeddings")
-        for axis, key, color, title in curves:
-            by_step = [(step, [x[key] for r in rows for x in r.get(name, []) if key in x]) for step, name in names]
-            points = [(step, statistics.mean(v)) for step, v in by_step if v]
-            axis.plot(*zip(*points, strict=True), color=color, marker="o", ms=3, label=title)
-        ax.set_title(f"VGF{label}", fontsize=10)
-        ax.set_xlabel("flow steps L (0 = best of N)")
-        ax.set_ylabel("gold", color="C0")
-        right.set_ylabel("reward", color="C3")
-        ax.grid(alpha=0.3)
+    shape = len(STUDY["variants"]), len(STUDY["transports"])
+    figure, axes = plt.subplots(*shape, figsize=(4.2 * shape[1], 3.2 * shape[0]), squeeze=False, layout="constrained")
+    for row, variant in zip(axes, STUDY["variants"], strict=True):
+        rows = [r.rows() for r in runs if r.variant == variant]
+        for ax, label in zip(row, STUDY["transports"], strict=True):
+            right = ax.twinx()
+            panel(ax, right, rows, label)
+            ax.set_title(f"{variant}: VGF{label}", fontsize=10)
+            ax.set_xlabel("flow steps L (0 = best of N)")
+            ax.set_ylabel("gold", color="C0")
+            right.set_ylabel("reward", color="C3")
+            ax.grid(alpha=0.3)
     handles = [h for axis in (ax, right) for h in axis.get_legend_handles_labels()[0]]
-    figure.legend(handles, [h.get_label() for h in handles], loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles, [h.get_label() for h in handles], loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
+
+
+def panel(ax: Any, right: Any, rows: list[dict[str, list[dict[str, Any]]]], label: str) -> None:
+    names = [(0, f"best of {STUDY['n']}")] + [(s, f"VGF, L = {s}{label}") for s in STUDY["steps"]]
+    curves = (ax, "gold", "C0", "gold"), (right, "reward", "C3", "reward followed (decoded)"), (right, "second", "C2", "second reward model"), (
+        right, "all_reward_flowed", "C1", "embeddings before decoding, all particles",
+    )  # fmt: skip
+    for axis, key, color, title in curves:
+        by_step = [(step, [v for r in rows if (v := [x[key] for x in r.get(name, []) if key in x])]) for step, name in names]
+        points = [(step, [statistics.mean(v) for v in values]) for step, values in by_step if values]
+        axis.plot([k for k, _ in points], [statistics.mean(v) for _, v in points], color=color, marker="o", ms=3, label=title)
+        if key == "gold":
+            axis.fill_between([k for k, _ in points], [min(v) for _, v in points], [max(v) for _, v in points], color=color, alpha=0.15)
 
 
 def main() -> None:
@@ -294,17 +352,18 @@ def main() -> None:
     STUDY.update(tomllib.loads(args.study.read_text(encoding="utf-8")))
     if args.fresh:
         shutil.rmtree(args.work, ignore_errors=True)
-    runs, failed = [Seed(int(s), args.work.resolve()) for s in (args.seeds.split(",") if args.seeds else STUDY["seeds"])], []
+    seeds, failed = [int(s) for s in (args.seeds.split(",") if args.seeds else STUDY["seeds"])], []
+    runs = [Seed(s, args.work.resolve(), variant) for variant in STUDY["variants"] for s in seeds]
 
     def do(run: Seed) -> None:
         for name, step in [("shared", run.prepare), ("test time", run.test_time), *((a, lambda a=a: run.trained(a)) for a in STUDY["arms"])]:
             began = time.perf_counter()
             try:
                 step()
-                print(f"seed {run.seed}: {name} done in {time.perf_counter() - began:.0f} s", flush=True)
+                print(f"{run.name}: {name} done in {time.perf_counter() - began:.0f} s", flush=True)
             except (RuntimeError, OSError) as error:
-                failed.append(f"seed {run.seed}, {name}: {error}")
-                print(f"seed {run.seed}: {name} FAILED, {error}", flush=True)
+                failed.append(f"{run.name}, {name}: {error}")
+                print(f"{run.name}: {name} FAILED, {error}", flush=True)
                 if name in ("shared", "test time"):
                     return
 
@@ -317,7 +376,7 @@ def main() -> None:
         torch.set_num_threads(1)
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(do, runs))
-    text = report(runs, failed, f"python scripts/replicate_vgf.py`, seeds `{','.join(str(r.seed) for r in runs)}")
+    text = report(runs, failed, f"python scripts/replicate_vgf.py`, seeds `{','.join(map(str, seeds))}")
     write_section(args.to, "vgf", text)
     if any(r.rows() for r in runs):
         draw(runs, args.to.resolve().parent / "docs" / "replication-vgf.png")

@@ -177,13 +177,13 @@ def test_candidates_equal_decoding_one_by_one(made):
     table, free = reward.table.detach(), reward.free(fixed=[*policy.stop_ids, *policy.banned_ids])
     u = table[torch.tensor(t)] + 1.5 * torch.randn(len(t), table.shape[1], generator=torch.Generator().manual_seed(3))
     moves = free[torch.tensor(t)]
-    mine = lm.restricted_rows(policy, [(c, t)], u[None], moves[None], table, free, 6)[0]
+    (mine,), (passes,) = lm.restricted_rows(policy, [(c, t)], u[None], moves[None], table, free, 6)
     prefix = []
     for place, x in enumerate(t):
         (tops,) = lm._top(policy, [(c, [*prefix, x])], 6)
         among = [x, *(v for v in tops[-1].tolist() if free[v])]
         prefix.append(min(among, key=lambda v: float((u[place] - table[v]).square().sum())) if moves[place] else x)
-    assert mine == prefix and mine != t
+    assert mine == prefix and mine != t and 2 <= passes <= len(t) + 1
 
 
 def test_results_do_not_depend_on_what_else_is_moved(made, monkeypatch):
@@ -300,6 +300,9 @@ def test_equal_compute_by_hand():
     # 8 responses, 2 steps: 8 * (10 + 8 * 1 + 2 * 2) / (10 + 1)
     assert_close(lm.equal_compute(8, 2, generate=10.0, score=1.0, reference=2.0), 8 * 22 / 11, rtol=1e-12, atol=0)
     assert lm.equal_compute(8, 0, generate=10.0, score=1.0, reference=2.0) == 8.0
+    # without the guard; with it and 5 forwards of decoding among candidates
+    assert_close(lm.equal_compute(8, 2, generate=10.0, score=1.0, reference=2.0, passes=0), 8 * 18 / 11, rtol=1e-12, atol=0)
+    assert_close(lm.equal_compute(8, 2, generate=10.0, score=1.0, reference=2.0, passes=7), 8 * 32 / 11, rtol=1e-12, atol=0)
 
 
 def test_the_reward_is_asked_as_often_as_equal_compute_says(made, monkeypatch):

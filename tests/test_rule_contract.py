@@ -9,6 +9,7 @@ import torch
 
 from llmrl import plugins
 from tests.contracts.rule import Trial, check_rule
+from tests.test_lm_transport import tiny_reward
 
 torch.set_num_threads(1)
 EXPLAINED = {"template": "tiny", "marks": ["#"], "cut": "mark", "answer_format": "#{answer}", "min_tokens": 1}
@@ -39,9 +40,9 @@ KEYS: dict[str, list[dict[str, object]]] = {
     "hbpo": [{"prefix": "({budget})", "budgets": [0.25, 0.5]}],
 }
 """What the tiny model needs, or what makes a rule show all it has; other rules run with their defaults."""
-ELSEWHERE = {"vgf"}
-"""Needs a trained reward model: see its own tests."""
-RULES = sorted(set(plugins.available("llmrl.rules")) - ELSEWHERE)
+NEEDS_FILES = {"vgf"}
+"""Tried below, with the reward model that they are given."""
+RULES = sorted(set(plugins.available("llmrl.rules")) - NEEDS_FILES)
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +51,34 @@ def trial(tmp_path_factory):
         yield trial
 
 
+@pytest.fixture(scope="module")
+def with_reward(trial, tmp_path_factory):
+    """A folder with a random reward model of the trial's tokenizer."""
+    folder = tmp_path_factory.mktemp("reward")
+    reward = tiny_reward(trial.session.policy.chat.tokenizer)
+    for part in (reward.model, reward.tokenizer):
+        part.save_pretrained(folder / "rm")
+    return folder
+
+
 @pytest.mark.filterwarnings("ignore:canon")
 @pytest.mark.parametrize(("name", "keys"), [(name, keys) for name in RULES for keys in KEYS.get(name, [{}])], ids=lambda x: x if isinstance(x, str) else "")
 def test_shipped_rules(trial, name, keys):
     check_rule(trial, name, keys, base=Path(__file__).parent)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"steps": 2, "kl": 0.05},
+        {"form": "members", "kl": 0.05},
+        {"value": "head", "value_window": 8, "candidates": 6, "guard": 2.0, "select": "verifier"},
+        {"form": "members", "value": "head", "value_window": 16, "velocity": "pooled"},
+    ],
+    ids=str,
+)
+def test_vgf(trial, with_reward, keys):
+    check_rule(trial, "vgf", {"reward_model": "./rm", "steps": 6, "eps": 1.0, "guard": None, **keys}, base=with_reward)
 
 
 BROKEN = '''

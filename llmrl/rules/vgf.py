@@ -1,8 +1,8 @@
 """Value-gradient transport as a policy update: OUR EXTENSION of VGF (arXiv:2604.14265), not part of the paper.
 
 The paper's language-model part moves samples at test time and changes no weight (llmrl/lm_transport.py). Here the samples of a step are moved
-under a budget, L steps of eps, along the gradient of a frozen reward model; the verifier judges what comes out, and the policy is trained
-towards it. The gradient proposes, the verifier decides.
+under a budget, L steps of eps, along the gradient of a frozen reward model, or of a value head on it that learns from the verdicts (vgf_value.py);
+the verifier judges what comes out, and the policy is trained towards it. The gradient proposes, the verifier decides.
 
 The fluency guard's reference is the policy that samples now (io.score), not the starting model: a collect has no other. The KL to the
 starting model is a term, or measured.
@@ -10,14 +10,15 @@ starting model is a term, or measured.
 Metrics (rule/...): reward/before, reward/flowed, reward/after (reward model: sampled tokens, moved embeddings, decoded tokens), score/before
 and score/after (verifier, over samples whose decoded text could be judged too), changed_share (tokens), moved_share (responses), displacement
 (rho), mmd (a prompt's sampled against decoded responses, see lm_transport.diagnostics), ref_drop_nats and guarded_share (of those that decoding
-changed), winner_share (of prompts), winner_moved_share (of winners). kl/ref_nats: with measure_kl or kl > 0.
+changed), winner_share (of prompts), winner_moved_share (of winners). kl/ref_nats: with measure_kl or kl > 0. With a value head, rewards are its
+values, and value/ranked and reward/ranked tell of how many of a prompt's pairs of texts with different scores it, and the reward model, had the
+order right: texts that it was not fitted to yet.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -28,10 +29,12 @@ from annotated_types import Ge, Gt
 from llmrl import lm_transport as lm
 from llmrl import losses
 from llmrl.credit import Credit
-from llmrl.records import Group, Prompt, Sample, Verdict
-from llmrl.rollout import RolloutIO, sample_groups, timed
+from llmrl.records import Group, Prompt
+from llmrl.rollout import RolloutIO
 from llmrl.rules import grpo as family
 from llmrl.rules.base import Needs, Rule, Term
+from llmrl.rules.vgf_parts import Candidate, Carrier, carried, note
+from llmrl.rules.vgf_value import ValueHead
 
 if TYPE_CHECKING:
     from llmrl.batch import Outputs, TokenBatch
@@ -43,9 +46,11 @@ Pool = Literal["both", "moved"]
 def vgf(
     *, reward_model: str, form: Literal["winners", "members"] = "winners", steps: Annotated[int, Ge(0)] = 2, eps: Annotated[float, Ge(0)] = 0.5,
     velocity: lm.Form = "independent", alpha: Annotated[float, Gt(0)] = 1.0, bandwidth: Annotated[float, Gt(0)] | None = None,
-    optimizer: Literal["plain", "adam"] = "plain", guard: Annotated[float, Ge(0)] | None = 0.5, select: Select | None = None, accept: float | None = None,
-    pool: Pool | None = None, low: float | None = None, high: float | None = None, std_eps: float | None = None, kl: Annotated[float, Ge(0)] = 0.0,
-    measure_kl: bool = True, device: str = "auto", base: Path,
+    optimizer: Literal["plain", "adam"] = "plain", guard: Annotated[float, Ge(0)] | None = 0.5, candidates: Annotated[int, Ge(0)] = 0,
+    value: Literal["reward", "head"] = "reward", value_window: Annotated[int, Ge(2)] = 256, value_ridge: Annotated[float, Gt(0)] = 0.1,
+    select: Select | None = None, accept: float | None = None, pool: Pool | None = None, low: float | None = None, high: float | None = None,
+    std_eps: float | None = None, kl: Annotated[float, Ge(0)] = 0.0, measure_kl: bool = True, device: str = "auto",
+    dtype: Literal["float32", "bfloat16"] = "float32", base: Path,
 ) -> Rule:  # fmt: skip
     """Train towards samples that were transported along a reward model's gradient and judged by the verifier. OUR EXTENSION of arXiv:2604.14265.
 
@@ -55,14 +60,17 @@ def vgf(
     samples, "members" is grpo, both bit for bit.
 
     reward_model: a folder that `llmrl reward` made, relative to the recipe, of the policy's tokenizer; loaded at the first step, never trained.
-    steps, eps (units of rho, the distance to a token's nearest neighbour), velocity, alpha, bandwidth, optimizer, guard: see lm_transport.transport.
-    Only for winners: select = the highest reward of the decoded tokens ("reward", the default), the highest verifier's score (ties: reward), or all
+    steps, eps (units of rho, the distance to a token's nearest neighbour), velocity, alpha, bandwidth, optimizer, guard, candidates (these need
+    engine.use = hf): see lm_transport.transport, which does here what it does at test time.
+    value: what supplies the gradient, the reward model or a head on it that is fitted to the verifier's scores of the last value_window prompts,
+    their transported texts among them, with the penalty value_ridge on what departs from the reward model's direction (vgf_value.fit); from step 2 on.
+    Only for winners: select = the highest value of the decoded tokens ("reward", the default), the highest verifier's score (ties: value), or all
     accepted ones with w = 1/n ("accepted"); accept: lowest score that may win (default 0; 1 for "accepted"); pool: sampled and moved texts
     compete ("both", the default: the winner is never worse than best-of-N's) or moved ones in place of theirs ("moved", the paper's at test time).
     Only for members: low, high, std_eps (0.2, 0.2, 1e-6), as in grpo. A transported member was not sampled by the policy: its ratio starts at 1
     and nothing corrects for that, so a large budget biases the gradient.
     kl: coefficient of k3 to the starting model on the sampled texts (members: on all). measure_kl: take it as a metric also where kl = 0; costs a
-    forward of the starting model, and for winners one of the policy. device "auto": this rank's GPU where there is one.
+    forward of the starting model, and for winners one of the policy. device "auto": this rank's GPU where there is one. dtype: of the reward model.
     All constants are OUR CHOICE.
     """
     if form == "winners" and any(x is not None for x in (low, high, std_eps)):
@@ -72,7 +80,8 @@ def vgf(
     if accept is not None and not 0 <= accept <= 1:
         raise ValueError(f"accept = {accept}: a verifier's score, from 0 to 1")
     move = {"steps": steps, "eps": eps, "velocity": velocity, "alpha": alpha, "bandwidth": bandwidth, "optimizer": optimizer, "guard": guard}
-    carrier = Carrier(base / Path(reward_model).expanduser(), device, move)
+    head = ValueHead(value_window, value_ridge) if value == "head" else None
+    carrier = Carrier(base / Path(reward_model).expanduser(), device, dtype, {**move, "candidates": candidates}, head)
     needs = Needs(ref_logp=bool(kl) or measure_kl)
     if form == "members":
         plain = family.grpo(low=0.2 if low is None else low, high=0.2 if high is None else high, std_eps=1e-6 if std_eps is None else std_eps, kl=kl)
@@ -98,99 +107,7 @@ def watched(fn: losses.LossFn) -> losses.LossFn:
     return watched
 
 
-# ---------------------------------------------------------------- transport of a step's samples
-
-
-@dataclass
-class Carrier:
-    """The reward model of a rule, loaded when first used, and how it moves samples."""
-
-    folder: Path
-    device: str
-    move: dict
-    _model: lm.RewardModel | None = field(default=None, repr=False)
-
-    @property
-    def model(self) -> lm.RewardModel:
-        if self._model is None:
-            device = self.device
-            if device == "auto":
-                # a rank that sees only its own card has a local rank beyond the number of cards that it sees
-                device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-            self._model = lm.RewardModel.load(self.folder, device)
-        return self._model
-
-    def __call__(self, samples: Sequence[Sample], io: RolloutIO) -> list[lm.Moved]:
-        """One Moved a sample; the metrics of the transport are noted."""
-        items = [(s.context_ids, s.token_ids) for s in samples]
-        self.model.must_share(io.chat.tokenizer)
-
-        def logp(pairs: Sequence[lm.Item]) -> list[list[float]]:
-            return io.score([c for c, _ in pairs], [t for _, t in pairs])
-
-        with timed(io.seconds, "transport"):
-            moved = lm.transport(logp, self.model, items, **self.move)
-            told = lm.diagnostics(items, moved, space=self.model)
-        tried = sum(bool(m.changed_share) or not m.kept for m in moved)
-        names = {"reward_before": "reward/before", "reward_flowed": "reward/flowed", "reward_after": "reward/after", "changed_share": "changed_share",
-                 "moved_share": "moved_share", "displacement": "displacement"}  # fmt: skip
-        for name, shown in names.items():
-            _note(io, shown, told[name] * len(moved), len(moved))
-        _note(io, "ref_drop_nats", told["ref_drop"] * tried, tried)
-        _note(io, "guarded_share", told["guarded_share"] * tried, tried)
-        prompts = len({tuple(c) for c, _ in items})
-        _note(io, "mmd", told["mmd"] * prompts, prompts)
-        return moved
-
-
-def _note(io: RolloutIO, name: str, total: float, n: int) -> None:
-    if n:  # 0 would make a sum of it
-        io.note(name, total, n)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A text that may be trained on."""
-
-    sample: Sample
-    value: float
-    """The reward model's."""
-
-    @property
-    def score(self) -> float | None:
-        """The verifier's."""
-        return self.sample.reward
-
-
-async def carried(prompts: Sequence[Prompt], io: RolloutIO, carrier: Carrier) -> list[tuple[Group, list[Candidate], list[Candidate | None]]]:
-    """The default collect; then of each group its sampled texts and, for each, the one that transport made of it: None where it is the same."""
-    groups = await sample_groups(prompts, io)
-    own = [(g, s) for g in groups for s in g.samples]
-    moved = carrier([s for _, s in own], io)
-    changed = [k for k, m in enumerate(moved) if m.changed_share]
-    texts = {k: io.chat.text(moved[k].token_ids) for k in changed}
-    verdicts = dict(zip(changed, await io.verify([(own[k][0].prompt, texts[k]) for k in changed]) if changed else [], strict=True))
-    pairs = [(own[k][1].reward, verdicts[k].score if k in verdicts else own[k][1].reward) for k in range(len(own))]
-    judged = [(a, b) for a, b in pairs if a is not None and b is not None]
-    _note(io, "score/before", sum(a for a, _ in judged), len(judged))
-    _note(io, "score/after", sum(b for _, b in judged), len(judged))
-    found, at = [], 0
-    for g in groups:
-        here = range(at, at + len(g.samples))
-        at += len(g.samples)
-        sampled = [Candidate(own[k][1], moved[k].reward_before) for k in here]
-        made = [Candidate(_sample(own[k][1], moved[k], texts[k], verdicts[k]), moved[k].reward_after) if k in texts else None for k in here]
-        found.append((g, sampled, made))
-    return found
-
-
-def _sample(origin: Sample, moved: lm.Moved, text: str, verdict: Verdict) -> Sample:
-    """The transported text under its prompt's context: no engine sampled it, so it has no behavior_logp."""
-    bare = replace(origin.recontext(origin.context_ids), streams={})
-    return replace(
-        bare, id=f"{origin.id}/moved", token_ids=moved.token_ids, text=text, role="transported", verdict=verdict, reward=verdict.score, parent=origin.id,
-        weights={"policy": 0.0},
-    )  # fmt: skip
+# ---------------------------------------------------------------- what is trained on
 
 
 async def with_winners(prompts: Sequence[Prompt], io: RolloutIO, *, carrier: Carrier, select: Select, accept: float, both: bool) -> list[Group]:
@@ -205,7 +122,7 @@ async def with_winners(prompts: Sequence[Prompt], io: RolloutIO, *, carrier: Car
             c.sample.weights["transported"] = 1.0 / len(won)
             if c.sample.role == "transported":
                 g.samples.append(replace(c.sample, cohort=f"{g.prompt.visit_id}/moved"))
-        _note(io, "winner_moved_share", sum(c.sample.role == "transported" for c in won), len(won))
+        note(io, "winner_moved_share", sum(c.sample.role == "transported" for c in won), len(won))
         groups.append(g)
     return groups
 

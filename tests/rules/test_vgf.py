@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,6 +190,27 @@ def test_a_moved_member_trains_as_grpo_trains_its_tokens(place):
     same(one, gradient(place, rule, groups, tokens=1)[1], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("keys", [{"candidates": 4, "guard": None}, {"guard": 0.05}, {"candidates": 4, "guard": 0.0, "velocity": "pooled"}])
+def test_candidates_and_guard_do_what_they_do_at_test_time(place, keys):
+    folder, policy, _ = place
+    keys, io = {**BUDGET, "steps": 4, "eps": 2.0, **keys}, make_io(place)
+    groups = collect(rule_of(place, form="members", **keys), io)
+    own = [s for g in groups for s in g.samples if s.role == "policy"]
+    moved = lm.transport(policy, lm.RewardModel.load(folder / "rm"), [(s.context_ids, s.token_ids) for s in own], **keys)
+    new = {s.parent: s.token_ids for g in groups for s in g.samples if s.role == "transported"}
+    assert new == {s.id: m.token_ids for s, m in zip(own, moved, strict=True) if m.changed_share} and new
+    if keys["guard"] is not None:
+        assert noted(io, "guarded_share") == sum(not m.kept for m in moved) / sum(bool(m.changed_share) or not m.kept for m in moved) > 0
+
+
+def test_candidates_need_the_policy_in_this_process(place):
+    io = make_io(place)
+    io.engine = SimpleNamespace(generate=io.engine.generate, score=io.engine.score)  # as a server is: tokens and their log-probs
+    assert collect(rule_of(place, **BUDGET), io)
+    with pytest.raises(InputError, match=r"candidates needs an engine.*engine.use = hf"):
+        collect(rule_of(place, candidates=4, **BUDGET), io)
+
+
 @pytest.mark.parametrize("pool", ["both", "moved"])
 def test_the_winner_is_never_worse_than_best_of_n_where_both_compete(place, pool):
     groups, _, moved, _ = moved_by_hand(place)
@@ -272,6 +294,8 @@ def test_a_prompt_without_a_winner_trains_nothing_and_lowers_the_term(place):
         ({"accept": 1.5}, "accept = 1.5"),
         ({"steps": -1}, "steps"),
         ({"alpha": 0.0}, "alpha"),
+        ({"value": "critic"}, "value"),
+        ({"value_ridge": 0.0}, "value_ridge"),
     ],
 )
 def test_refused_keys(place, keys, told):

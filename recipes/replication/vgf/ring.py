@@ -11,7 +11,7 @@ a reward model that says so everywhere is followed beyond the point where it is 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -68,12 +68,15 @@ def walk(rng: random.Random, start: str, length: int, wanted: str, tilt: float =
     return text[len(start) :]
 
 
-def prompts(*, rows: int = 1000, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """{"id": "0-17", "prompt": "ab>cdehb", "solution": a walk}; ids hold the seed, so that two draws can be told apart."""
+def prompts(*, rows: int = 1000, seed: int = 0, tilts: Sequence[float] = TILTS) -> Iterator[dict[str, Any]]:
+    """{"id": "0-17", "prompt": "ab>cdehb", "solution": a walk}; ids hold the seed, so that two draws can be told apart.
+
+    tilts: how much likelier a wanted letter is than another, one drawn for each walk. Without those near 1 the walks do not reach the best gold.
+    """
     rng = random.Random(f"ring/{seed}")
     for i in range(rows):
         at = rng.randrange(len(LETTERS))
         wanted = LETTERS[at] + LETTERS[(at + 1) % len(LETTERS)]
         first = rng.choice(LETTERS)
         begun = first + walk(rng, first, 4, "")
-        yield {"id": f"{seed}-{i}", "prompt": f"{wanted}>{begun}", "solution": walk(rng, begun, rng.randint(SHORT, LONG), wanted, rng.choice(TILTS))}
+        yield {"id": f"{seed}-{i}", "prompt": f"{wanted}>{begun}", "solution": walk(rng, begun, rng.randint(SHORT, LONG), wanted, rng.choice(tilts))}
