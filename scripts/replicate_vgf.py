@@ -11,17 +11,21 @@ other. What is done is kept below runs/replication/vgf/ and not done again.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -45,15 +49,21 @@ class Seed:
         self.start = self.work / "start"
 
     def llmrl(self, *args: str) -> dict[str, Any]:
-        """Runs a command and returns its JSON. Raises RuntimeError naming the log."""
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        with self.log.open("ab") as errors:
-            errors.write(f"$ llmrl {' '.join(args)}\n".encode())
-            errors.flush()
-            done = subprocess.run([sys.executable, "-m", "llmrl", *args, "--json"], cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=errors, check=False)
-        if done.returncode:
-            raise RuntimeError(f"`llmrl {args[0]}` ended with {done.returncode}; see {self.log}")
-        return json.loads(done.stdout.splitlines()[-1])
+        """Runs a command in this process, for starting another would cost more than some of them do, and returns its JSON.
+
+        Raises RuntimeError naming the log.
+        """
+        from llmrl.cli import app
+
+        told = io.StringIO()
+        with self.log.open("a", encoding="utf-8") as errors, redirect_stdout(told), redirect_stderr(errors):
+            errors.write(f"$ llmrl {' '.join(args)}\n")
+            try:
+                app([*args, "--json"], standalone_mode=False)
+            except Exception as error:
+                traceback.print_exc(file=errors)
+                raise RuntimeError(f"`llmrl {args[0]}`: {error}; see {self.log}") from error
+        return json.loads(told.getvalue().splitlines()[-1])
 
     def sample(self, model: Path, out: str, rows: int, seed: int, n: int) -> Path:
         file = self.work / out
@@ -339,6 +349,33 @@ def panel(ax: Any, right: Any, rows: list[dict[str, list[dict[str, Any]]]], labe
             axis.fill_between([k for k, _ in points], [min(v) for _, v in points], [max(v) for _, v in points], color=color, alpha=0.15)
 
 
+def take_over(study: dict[str, Any]) -> None:
+    """A new process knows the study as this one does."""
+    STUDY.update(study)
+
+
+def everything(run: Seed) -> list[str]:
+    """All of a seed, in a process of its own; what failed."""
+    import torch
+
+    from llmrl.models import quiet_transformers
+
+    quiet_transformers()
+    torch.set_num_threads(1)
+    failed: list[str] = []
+    for name, step in [("shared", run.prepare), ("test time", run.test_time), *((a, partial(run.trained, a)) for a in STUDY["arms"])]:
+        began = time.perf_counter()
+        try:
+            step()
+            print(f"{run.name}: {name} done in {time.perf_counter() - began:.0f} s", flush=True)
+        except (RuntimeError, OSError) as error:
+            failed.append(f"{run.name}, {name}: {error}")
+            print(f"{run.name}: {name} FAILED, {error}", flush=True)
+            if name in ("shared", "test time"):
+                break
+    return failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, nargs="?", default=HERE / "study.toml")
@@ -352,30 +389,11 @@ def main() -> None:
     STUDY.update(tomllib.loads(args.study.read_text(encoding="utf-8")))
     if args.fresh:
         shutil.rmtree(args.work, ignore_errors=True)
-    seeds, failed = [int(s) for s in (args.seeds.split(",") if args.seeds else STUDY["seeds"])], []
+    seeds, failed = [int(s) for s in (args.seeds.split(",") if args.seeds else STUDY["seeds"])], list[str]()
     runs = [Seed(s, args.work.resolve(), variant) for variant in STUDY["variants"] for s in seeds]
-
-    def do(run: Seed) -> None:
-        for name, step in [("shared", run.prepare), ("test time", run.test_time), *((a, lambda a=a: run.trained(a)) for a in STUDY["arms"])]:
-            began = time.perf_counter()
-            try:
-                step()
-                print(f"{run.name}: {name} done in {time.perf_counter() - began:.0f} s", flush=True)
-            except (RuntimeError, OSError) as error:
-                failed.append(f"{run.name}, {name}: {error}")
-                print(f"{run.name}: {name} FAILED, {error}", flush=True)
-                if name in ("shared", "test time"):
-                    return
-
     if not args.report:
-        import torch
-
-        from llmrl.models import quiet_transformers
-
-        quiet_transformers()
-        torch.set_num_threads(1)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(do, runs))
+        with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"), initializer=take_over, initargs=(STUDY,)) as pool:
+            failed = [f for found in pool.map(everything, runs) for f in found]
     text = report(runs, failed, f"python scripts/replicate_vgf.py`, seeds `{','.join(map(str, seeds))}")
     write_section(args.to, "vgf", text)
     if any(r.rows() for r in runs):

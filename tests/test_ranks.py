@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from llmrl.models import load_tokenizer
+from llmrl.recipe import Model
 from llmrl.samples import read_rows
+from tests.test_lm_transport import tiny_reward
 
 REPO = Path(__file__).parents[1]
 RECIPE = """
@@ -58,6 +61,7 @@ RULES = {
     "dapo": ["rule={use='dapo', dynamic_rounds=0}"],
     "whitened": ["rule={use='reinforce_pp', kl=0.1, entropy=0.01}"],
     "several": ["rule={use='grpo'}", "batch.epochs=2"],
+    "vgf": ["rule={use='vgf', reward_model='./rm', steps=8, eps=1.0, guard=0.2, select='verifier', value='head', value_window=8}"],
 }
 
 
@@ -101,6 +105,9 @@ def write_inputs(folder):
     (folder / "judge.py").write_text(JUDGE)
     (folder / "r.toml").write_text(RECIPE)
     (folder / "ranks.py").write_text(SCRIPT)
+    reward = tiny_reward(load_tokenizer(Model(path="tiny")).tokenizer)
+    for part in (reward.model, reward.tokenizer):
+        part.save_pretrained(folder / "rm")
 
 
 def free_port():
@@ -135,7 +142,7 @@ def folders(tmp_path_factory):
     return one, two
 
 
-RULES = ["dapo", "whitened", "several"]
+RULES = ["dapo", "whitened", "several", "vgf"]
 
 
 def by_id(folder, pattern):
@@ -163,12 +170,22 @@ def test_the_same_samples(folders, name):
     one, two = folders
     for step in (1, 2):
         a, b = by_id(one, f"{name}-{step}-*"), by_id(two, f"{name}-{step}-*")
-        assert len(a) == len(b) == 16
+        assert len(a) == len(b) and sum(r["role"] == "policy" for r in a.values()) == 16
         for key, row in a.items():
             assert row["token_ids"] == b[key]["token_ids"], key
             assert_close_rows(row, b[key], key)
     mine = [{r["prompt_id"] for r in read_rows(two / f"{name}-2-{rank}.jsonl.gz")} for rank in (0, 1)]
     assert mine == [{"q4", "q6"}, {"q5", "q7"}]
+
+
+def test_transport_moved_texts_on_both_ranks_and_followed_one_value(folders):
+    one, two = (json.loads((folder / "vgf.json").read_text()) for folder in folders)
+    rows = [read_rows(folders[1] / f"vgf-2-{rank}.jsonl.gz") for rank in (0, 1)]
+    assert all(any(r["role"] == "transported" and r["weights"]["transported"] for r in own) for own in rows)
+    for a, b in zip(one, two, strict=True):
+        assert 0 < a["rule/changed_share"] < 1 and a["rule/ref_drop_nats"] != 0 and a["rule/mmd"] > 0
+        assert a["rule/value/ranked"] == b["rule/value/ranked"] and a["rule/reward/ranked"] == b["rule/reward/ranked"]
+    assert one[0]["rule/value/ranked"] == one[0]["rule/reward/ranked"] != one[1]["rule/value/ranked"] != one[1]["rule/reward/ranked"]
 
 
 def test_one_rank_had_nothing_to_learn(folders):
