@@ -25,7 +25,7 @@ from llmrl.hf_engine import PREFILL_TOKENS, HFEngine
 from llmrl.models import Policy
 from llmrl.records import Sample
 
-__all__ = ["Item", "Moved", "RewardModel", "best", "diagnostics", "equal_compute", "transport"]
+__all__ = ["Item", "Moved", "Readout", "RewardModel", "best", "diagnostics", "equal_compute", "sweep", "transport"]
 LogProbs = Callable[[Sequence[Item]], list[list[float]]]
 """Log-prob (nats) of each token of each response behind its context."""
 Slopes = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -65,23 +65,26 @@ class Moved:
 def flow_embeddings(
     slopes: Slopes, u_NTD: Tensor, moves_NT: Tensor, groups: Sequence[Sequence[int]], *, steps: int, eps: float, rho: float | None,
     velocity: Form = "independent", alpha: float = 1.0, bandwidth: float | None = None, optimizer: Literal["plain", "adam"] = "plain",
-    present_NT: Tensor | None = None,
+    present_NT: Tensor | None = None, each: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """(embeddings after `steps` steps, the rewards before each step). Positions outside moves_NT stay, bit for bit.
 
     groups: numbers of the particles of each prompt; only "svgd" and "pooled" let them see each other. rho: a plain step is normalised to
     eps * rho for the fastest position of a particle (core.normalised); None = eps * velocity as it is. adam: every coordinate moves by about
     eps * rho / sqrt(D) a step, so that a position moves by about eps * rho. present_NT: the tokens that are there (default: those that move).
+    each: called with the number of steps done and the embeddings, after every step.
     """
     u, seen = u_NTD.clone(), []
     there = moves_NT if present_NT is None else present_NT
     adam = core.Adam(eps * (1.0 if rho is None else rho / u.shape[-1] ** 0.5))
-    for _ in range(steps if eps else 0):
+    for done in range(1, 1 + (steps if eps else 0)):
         r, g = slopes(u)
         seen.append(r)
         phi = _velocity(u, g * moves_NT[..., None], there, groups, velocity, alpha, bandwidth) * moves_NT[..., None]
         move = adam(phi) if optimizer == "adam" else eps * (phi if rho is None else core.normalised(phi, moves_NT, rho))
         u = torch.where(moves_NT[..., None], u + move, u)
+        if each is not None:
+            each(done, u)
     return u, seen
 
 
@@ -172,24 +175,43 @@ def transport(
     alpha matters where velocities are mixed ("svgd", "pooled"); a normalised step forgets it for "independent". bandwidth None = median
     heuristic. policy: the reference; a function that gives log-probs will do, with candidates = 0. seed: of the rows that rho is measured on.
     """
-    if steps < 0 or eps < 0 or alpha <= 0 or candidates < 0:
-        raise ValueError(f"steps = {steps}, eps = {eps} and candidates = {candidates} must not be negative, alpha = {alpha} must be positive")
-    if not isinstance(policy, Policy) and candidates:
+    how: dict[str, Any] = {"eps": eps, "velocity": velocity, "alpha": alpha, "bandwidth": bandwidth, "optimizer": optimizer, "seed": seed}
+    return sweep(policy, reward, items, [Readout(steps, guard, candidates)], **how)[0]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What is asked of a flow; see transport."""
+
+    steps: int
+    guard: float | None = 0.5
+    candidates: int = 0
+
+
+def sweep(
+    policy: Policy | LogProbs, reward: RewardModel, items: Sequence[Item], readouts: Sequence[Readout], *, eps: float, velocity: Form = "independent",
+    alpha: float = 1.0, bandwidth: float | None = None, optimizer: Literal["plain", "adam"] = "plain", seed: int = 0,
+) -> list[list[Moved]]:  # fmt: skip
+    """`transport` for each readout, at the price of one flow, the longest, since a shorter one is its beginning."""
+    if min((min(r.steps, r.candidates) for r in readouts), default=0) < 0 or eps < 0 or alpha <= 0:
+        raise ValueError(f"steps and candidates of {readouts} and eps = {eps} must not be negative, alpha = {alpha} must be positive")
+    if not isinstance(policy, Policy) and any(r.candidates for r in readouts):
         raise ValueError("candidates needs the policy itself, not only its log-probs")
     if isinstance(policy, Policy):
         reward.must_share(policy.chat.tokenizer)
     fixed = sorted({*policy.stop_ids, *policy.banned_ids}) if isinstance(policy, Policy) else []
     free = reward.free(fixed=fixed).to(reward.table.device)
     logp = HFEngine(policy).score if isinstance(policy, Policy) else policy
-    how = {"steps": steps, "eps": eps, "velocity": velocity, "alpha": alpha, "bandwidth": bandwidth, "optimizer": optimizer}
-    done: dict[int, Moved] = {}
+    how = {"eps": eps, "velocity": velocity, "alpha": alpha, "bandwidth": bandwidth, "optimizer": optimizer}
+    done: list[dict[int, Moved]] = [{} for _ in readouts]
     for groups in _chunks(items):
         numbers = [i for own in groups for i in own]
         place = {i: k for k, i in enumerate(numbers)}
         some = [items[i] for i in numbers]
-        moved = _move(policy, reward, some, [[place[i] for i in own] for own in groups], free, candidates, seed, how)
-        done |= dict(zip(numbers, _check(logp, reward, some, moved, guard), strict=True))
-    return [done[i] for i in range(len(items))]
+        moved = _move(policy, reward, some, [[place[i] for i in own] for own in groups], free, readouts, seed, how)
+        for own, r, into in zip(moved, readouts, done, strict=True):
+            into |= dict(zip(numbers, _check(logp, reward, some, own, r.guard), strict=True))
+    return [[into[i] for i in range(len(items))] for into in done]
 
 
 def _chunks(items: Sequence[Item]) -> Iterator[list[list[int]]]:
@@ -208,9 +230,9 @@ def _chunks(items: Sequence[Item]) -> Iterator[list[list[int]]]:
 
 
 def _move(
-    policy: Policy | LogProbs, reward: RewardModel, items: Sequence[Item], groups: Sequence[Sequence[int]], free_V: Tensor, candidates: int, seed: int,
-    how: dict[str, Any],
-) -> list[Moved]:  # fmt: skip
+    policy: Policy | LogProbs, reward: RewardModel, items: Sequence[Item], groups: Sequence[Sequence[int]], free_V: Tensor, readouts: Sequence[Readout],
+    seed: int, how: dict[str, Any],
+) -> list[list[Moved]]:  # fmt: skip
     """Flow and decoding, nothing judged yet: reward_after and ref_drop are those of the sampled tokens."""
     contexts = [c for c, _ in items]
     ids, lengths = padded([t for _, t in items])
@@ -219,24 +241,39 @@ def _move(
     here = ids.to(table.device)
     present = torch.arange(ids.shape[1], device=table.device) < torch.tensor(lengths, device=table.device)[:, None]
     moves, start = present & free_V[here], table[here] * present[..., None]
-    rho = reward.rho(seed)
-    u, seen = flow_embeddings(lambda at: reward.slopes(contexts, ids, lengths, at), start, moves, groups, rho=rho, present_NT=present, **how)
+    rho, wanted, at = reward.rho(seed), {r.steps for r in readouts}, {0: start}
+
+    def each(done: int, u: Tensor) -> None:
+        if done in wanted:
+            at[done] = u
+
+    u, seen = flow_embeddings(
+        lambda u: reward.slopes(contexts, ids, lengths, u), start, moves, groups, rho=rho, present_NT=present, each=each, steps=max(wanted), **how
+    )
     with torch.no_grad():
-        flowed = reward.value(contexts, ids, lengths, u).tolist()
-    passes = [0] * len(items)
-    if candidates and isinstance(policy, Policy) and seen:
-        new, passes = restricted_rows(policy, items, u, moves, table, free_V, candidates)
-    else:
-        decoded = here.clone()
-        if seen:
-            decoded[moves] = nearest_rows(u[moves], table, free_V, here[moves])
-        new = [row[:n] for row, n in zip(decoded.tolist(), lengths, strict=True)]
-    far = ((u - start).norm(dim=-1) * moves).sum(1) / moves.sum(1).clamp(min=1) / rho
-    before = seen[0].tolist() if seen else flowed
-    return [
-        Moved(y, b, f, b, sum(x != z for x, z in zip(y, t, strict=True)) / len(t), 0.0, True, d, k)
-        for y, b, f, (_, t), d, k in zip(new, before, flowed, items, far.tolist(), passes, strict=True)
-    ]
+        seen.append(reward.value(contexts, ids, lengths, u))
+    before, found = seen[0].tolist(), []
+    for r in readouts:
+        steps = r.steps if r.steps in at else 0  # eps = 0: no step was made
+        new, passes = _decoded(policy, items, at[steps], moves, table, free_V, r.candidates) if steps else ([list(t) for _, t in items], [0] * len(items))
+        far = ((at[steps] - start).norm(dim=-1) * moves).sum(1) / moves.sum(1).clamp(min=1) / rho
+        found.append([
+            Moved(y, b, f, b, sum(x != z for x, z in zip(y, t, strict=True)) / len(t), 0.0, True, d, k)
+            for y, b, f, (_, t), d, k in zip(new, before, seen[steps].tolist(), items, far.tolist(), passes, strict=True)
+        ])  # fmt: skip
+    return found
+
+
+def _decoded(
+    policy: Policy | LogProbs, items: Sequence[Item], u_NTD: Tensor, moves_NT: Tensor, table_VD: Tensor, free_V: Tensor, candidates: int
+) -> tuple[list[list[int]], list[int]]:
+    """(tokens, forwards of the policy) of each response."""
+    if candidates and isinstance(policy, Policy):
+        return restricted_rows(policy, items, u_NTD, moves_NT, table_VD, free_V, candidates)
+    ids, lengths = padded([t for _, t in items])
+    ids = ids.to(table_VD.device)
+    ids[moves_NT] = nearest_rows(u_NTD[moves_NT], table_VD, free_V, ids[moves_NT])
+    return [row[:n] for row, n in zip(ids.tolist(), lengths, strict=True)], [0] * len(items)
 
 
 def _check(logp: LogProbs, reward: RewardModel, items: Sequence[Item], moved: Sequence[Moved], guard: float | None) -> list[Moved]:

@@ -25,12 +25,16 @@ import tomllib
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from replicate import REPO, T975, write_section
+
+from llmrl.lm_transport import Readout, equal_compute
+from llmrl.records import Prompt
 
 HERE = REPO / "recipes" / "replication" / "vgf"
 TASK, GOLD = f"{HERE / 'ring.py'}:prompts", f"{HERE / 'ring.py'}:gold"
@@ -111,11 +115,10 @@ class Seed:
 
     def test_time(self) -> None:
         """Best-of-N and transport on the same samples; one row of numbers an arm and a prompt."""
-        from llmrl.lm_transport import RewardModel
+        from llmrl.lm_transport import RewardModel, sweep
         from llmrl.models import load_policy
         from llmrl.recipe import Model
         from llmrl.scoring import Scorer
-        from llmrl.transport_sampling import move_traces
 
         out = self.work / "test-time.json"
         if out.exists():
@@ -128,14 +131,16 @@ class Seed:
         items = [(policy.chat.prompt_ids(t.messages), t.token_ids) for g in groups for t in g[:pool]]
         scores, others = reward.score(items), second.score(items)
         arms[f"best of {n}"] = best_of(groups, scores, others, pool, n)
-        moved_arms, sizes = {}, {pool}
+        own = [t for g in groups for t in g[:n]]
+        items = [(policy.chat.prompt_ids(t.messages), t.token_ids) for t in own]
+        moved_arms, sizes, ways = {}, {pool}, transports()
         with Scorer(GOLD, {}, REPO) as scorer:
-            for name, steps, how in transports():
-                began = time.perf_counter()
-                moved = list(move_traces(policy, reward, [t for g in groups for t in g[:n]], how, second=second, score=scorer.score, raw=False, prompts=100))
-                moved_arms[name] = [moved_row(moved[k * n : (k + 1) * n], [t.score for t in g[pool:]]) for k, g in enumerate(groups)]
-                sizes.add(fair_size(moved_arms[name], steps, how))
-                print(f"{self.name}: {name} in {time.perf_counter() - began:.0f} s", flush=True)
+            for (name, how), moved in zip(ways, sweep(policy, reward, items, [how for _, how in ways], eps=STUDY["eps"]), strict=True):
+                verdicts = scorer.score([(Prompt(t.prompt_id, tuple(t.messages)), policy.chat.text(m.token_ids)) for t, m in zip(own, moved, strict=True)])
+                seconds = second.score([(c, m.token_ids) for (c, _), m in zip(items, moved, strict=True)])
+                told = [{**asdict(m), "gold": v.score, "second": x} for m, v, x in zip(moved, verdicts, seconds, strict=True)]
+                moved_arms[name] = [moved_row(told[k * n : (k + 1) * n], [t.score for t in g[pool:]]) for k, g in enumerate(groups)]
+                sizes.add(fair_size(moved_arms[name], how))
         arms |= {f"best of {size}": best_of(groups, scores, others, pool, size) for size in sorted(sizes)}
         out.write_text(json.dumps(arms | moved_arms), encoding="utf-8")
 
@@ -196,28 +201,22 @@ def context_of(start: Path, trace: Any) -> list[int]:
     return _CHAT[start].prompt_ids(trace.messages)
 
 
-def transport_of(steps: int, keywords: dict[str, Any]) -> Any:
-    """TOML has no None: guard = "none" stands for it."""
-    from llmrl.transport_sampling import Transport
-
-    return Transport(steps=steps, **{k: None if v == "none" else v for k, v in keywords.items()})  # type: ignore[arg-type]
-
-
-def transports() -> list[tuple[str, int, Any]]:
-    """(arm, L, how) of all test-time arms."""
-    return [(f"VGF, L = {s}{label}", s, transport_of(s, how)) for label, how in STUDY["transports"].items() for s in STUDY["steps"]]
+def transports() -> list[tuple[str, Readout]]:
+    """(arm, what is read out) of all test-time arms. TOML has no None: guard = "none" stands for it."""
+    return [
+        (f"VGF, L = {steps}{label}", Readout(steps, **{k: None if v == "none" else v for k, v in how.items()}))
+        for label, how in STUDY["transports"].items() for steps in STUDY["steps"]
+    ]  # fmt: skip
 
 
-def fair_size(rows: list[dict[str, Any]], steps: int, how: Any) -> int:
+def fair_size(rows: list[dict[str, Any]], how: Readout) -> int:
     """N' of the best-of-N' that costs as much (`equal_compute`), at most the pool.
 
     In forwards of a token, all three models being of one size: sampling a response, scoring it, and a teacher-forced look at it cost 1 each, for
     the key-value cache makes sampling no dearer in operations. On a GPU sampling is slower by the clock, and N' smaller.
     """
-    from llmrl.lm_transport import equal_compute
-
     passes = (2.0 if how.guard is not None else 0.0) + statistics.mean(r["all_passes"] for r in rows)
-    return min(STUDY["pool"], round(equal_compute(STUDY["n"], steps, generate=1, score=1, reference=1, passes=passes)))
+    return min(STUDY["pool"], round(equal_compute(STUDY["n"], how.steps, generate=1, score=1, reference=1, passes=passes)))
 
 
 def own_row(trace: Any, against: list[float]) -> dict[str, Any]:
@@ -233,14 +232,13 @@ def best_of(groups: list[list[Any]], scores: list[float], others: list[float], p
     return rows
 
 
-def moved_row(own: list[Any], against: list[float]) -> dict[str, Any]:
-    """The winner's numbers; all_* are means over the prompt's particles."""
-    told = [t.extra["transport"] for t in own]
-    (win,) = (k for k, d in enumerate(told) if d["best"])
-    row: dict[str, Any] = {"gold": own[win].score, "all_gold": statistics.mean(t.score for t in own), "against": against}
-    row |= {"reward": told[win]["reward_after"], "second": told[win]["second_after"]}
-    return row | {f"all_{k}": statistics.mean(float(d[k]) for d in told) for k in
-                  ("reward_before", "reward_flowed", "reward_after", "changed_share", "kept", "ref_drop", "second_after", "passes")}  # fmt: skip
+def moved_row(own: list[dict[str, Any]], against: list[float]) -> dict[str, Any]:
+    """The winner's numbers, by the reward of the decoded tokens; all_* are means over the prompt's particles."""
+    win = max(range(len(own)), key=lambda k: (own[k]["reward_after"], -k))
+    row: dict[str, Any] = {"gold": own[win]["gold"], "all_gold": statistics.mean(d["gold"] for d in own), "against": against}
+    row |= {"reward": own[win]["reward_after"], "second": own[win]["second"]}
+    return row | {f"all_{k}": statistics.mean(float(d[k]) for d in own) for k in
+                  ("reward_before", "reward_flowed", "reward_after", "changed_share", "kept", "ref_drop", "second", "passes")}  # fmt: skip
 
 
 # ---------------------------------------------------------------- report
@@ -300,8 +298,8 @@ def variant_report(runs: list[Seed], variant: str) -> list[str]:
 def equal_compute_table(rows: list[dict[str, list[dict[str, Any]]]]) -> list[str]:
     """Each transport against the best-of-N' of its cost, on the same prompts and opponents."""
     lines = ["| transport | N' of equal compute | win rate (%) | best of N' (%) | difference (points) | difference of gold |", "|---|" + "---:|" * 5]
-    for name, steps, how in transports():
-        there = [(r[name], r[f"best of {size}"], size) for r in rows if name in r for size in [fair_size(r[name], steps, how)]]
+    for name, how in transports():
+        there = [(r[name], r[f"best of {size}"], size) for r in rows if name in r for size in [fair_size(r[name], how)]]
         if there:
             wins = [[[win(x) for x in own] for own in pair] for *pair, _ in there]
             apart = [[a - b for a, b in zip(*pair, strict=True)] for pair in wins]

@@ -186,6 +186,17 @@ def test_candidates_equal_decoding_one_by_one(made):
     assert mine == prefix and mine != t and 2 <= passes <= len(t) + 1
 
 
+@pytest.mark.parametrize("optimizer", ["plain", "adam"])
+def test_a_sweep_is_so_many_transports_bit_for_bit(made, optimizer):
+    policy, reward, items = made
+    readouts = [lm.Readout(s, guard, k) for s in (0, 2, 5) for guard, k in ((None, 0), (0.01, 0), (0.5, 6))]
+    how = {"eps": 1.5, "velocity": "pooled", "optimizer": optimizer}
+    found = lm.sweep(policy, reward, items, readouts, **how)
+    assert found == [lm.transport(policy, reward, items, steps=r.steps, guard=r.guard, candidates=r.candidates, **how) for r in readouts]
+    assert len({tuple(tuple(m.token_ids) for m in own) for own in found}) > 4
+    assert lm.sweep(policy, reward, items, readouts, eps=0.0) == [lm.transport(policy, reward, items, steps=0, eps=1.0)] * len(readouts)
+
+
 def test_results_do_not_depend_on_what_else_is_moved(made, monkeypatch):
     policy, reward, items = made
     how = {"steps": 8, "eps": 1.0, "velocity": "pooled"}

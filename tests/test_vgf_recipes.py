@@ -55,7 +55,8 @@ def test_the_policys_recipe_passes_check_and_takes_two_steps(tmp_path):
     data = write(tmp_path / "rows.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs_of("tldr")])
     reward = tmp_path / "rm" / "reward_model"
     keys = [*TINY, f"data.path={data}", "data.split=", "data.holdout=4", "rollout.prompts=4", "rollout.group=2", "rollout.max_new_tokens=8"]
-    keys += ["steps=2", "optim.warmup_steps=0", "eval.rows=2", "warm_start=", f"rule.reward_model={reward}", f"verifier.path={reward}", f"run.dir={tmp_path / 'run'}"]
+    keys += ["steps=2", "optim.warmup_steps=0", "eval.rows=2", "warm_start="]
+    keys += [ f"rule.reward_model={reward}", f"verifier.path={reward}", f"run.dir={tmp_path / 'run'}"]
     found = CliRunner().invoke(app, ["check", str(HERE / "tldr.toml"), *keys, "--json"])
     told = [json.loads(line) for line in found.stdout.splitlines()]
     assert found.exit_code == 0, (told, found.exception)
