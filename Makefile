@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench clean vllm-env test-vllm replicate-% replicate-vgf
+.PHONY: quickstart test lint bench clean vllm-env test-vllm replicate-% replicate-vgf compare-rules
 
 quickstart: .venv/run.stamp
 	$(BIN)/llmrl train recipes/quickstart.toml --overwrite
@@ -28,6 +28,9 @@ replicate-%: .venv/run.stamp
 
 replicate-vgf: .venv/run.stamp
 	$(BIN)/python scripts/replicate_vgf.py
+
+compare-rules: .venv/run.stamp
+	$(BIN)/python scripts/replicate.py recipes/rules/study.toml
 
 # vLLM has an environment of its own: VLLM_ENV, by default .venv-vllm.
 VLLM_ENV ?= .venv-vllm
