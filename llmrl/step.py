@@ -74,7 +74,7 @@ def run_step(session: Session, step: int, *, ahead: int = 0) -> tuple[list[Group
     ahead: the rollouts of so many steps after this one are under way when it ends, see ahead.py.
     """
     r, learner, rule = session.recipe, session.learner, session.rule
-    began, scored = time.perf_counter(), session.scorer.stats()
+    began, cpu, scored = time.perf_counter(), time.process_time(), session.scorer.stats()
     coming = session.ahead.take(step)
     groups, io = coming or rollouts(session, step)()
     seconds = io.seconds
@@ -98,7 +98,8 @@ def run_step(session: Session, step: int, *, ahead: int = 0) -> tuple[list[Group
     with timed(seconds, "publish"):
         published = publish(session)
     row = {**rollout_metrics(samples, adv, learner), **rule_metrics(io, learner), **learned, **published}
-    row |= {f"time/{name}_s": t for name, t in seconds.items()} | {"time/step_s": time.perf_counter() - began} | stale
+    row |= {f"time/{name}_s": t for name, t in seconds.items()} | stale
+    row |= {"time/step_s": time.perf_counter() - began, "time/cpu_s": time.process_time() - cpu}
     row |= verifier_metrics(scored, session.scorer.stats())
     return groups, adv, row
 
