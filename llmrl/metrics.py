@@ -68,7 +68,8 @@ METRICS: dict[str, Metric] = {
     "eval/accuracy_high": Metric("1", "last", "Upper end of the 95 % Wilson interval of eval/accuracy."),
     "length/mean_tokens": Metric("tokens", "mean", "Mean length of the step's completions, end token included."),
     "entropy/rollout_nats": Metric("nats", "mean", "Mean of -log p over the sampled tokens: an estimate of the policy's entropy a token."),
-    "time/*": Metric("s", "max", "Wall-clock seconds of a part of the step; cpu_s: CPU seconds of this process in it; verdict_queue_s and verdict_run_s are means over the step's verdicts."),
+    "time/cpu_s": Metric("s", "max", "CPU seconds of this process in the step, all its threads."),
+    "time/*": Metric("s", "max", "Wall-clock seconds of a part of the step; verdict_queue_s and verdict_run_s are means over the step's verdicts."),
     "verifier/respawns": Metric("processes", "sum", "Verifier processes of this rank that had to be replaced in the step."),
     "verifier/*": Metric("1", "sum", "What the verifier counts itself in the step, on this rank: calls, tokens, dollars."),
 }
