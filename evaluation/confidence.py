@@ -126,10 +126,13 @@ class Confidence:
         """[T] natural logs of the probabilities that count for this trace. Raises InputError where it carries none."""
         found = trace.raw_logprobs if trace.raw_logprobs is not None else trace.logprobs if self.sampled else None
         if found is None:
-            also = " (it has log-probs of the distribution that was sampled from: --sampled-logprobs takes those)" if trace.logprobs is not None else ""
+            also = (
+                ". It has logprobs: where they are those of the bare softmax (vLLM's default), say --logprobs raw; --sampled-logprobs takes them as they are"
+                if trace.logprobs is not None else ""
+            )  # fmt: skip
             raise InputError(
                 f"trace {trace.id!r} has no raw_logprobs, which {self.measure} is taken from{also}. `llmrl sample` writes them; "
-                "for traces of others score the texts with the model that wrote them"
+                "for traces of others --score-with MODEL has the model that wrote the texts score them"
             )
         return np.asarray(found, float)
 

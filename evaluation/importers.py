@@ -75,7 +75,7 @@ class ImportReport:
             lines.append(f"  raw_logprobs {found}, and confidence needs them: {MISSING.get(self.format, 'the file has none')}.")
             if self.filled["logprobs"] > n:
                 lines.append("  There are logprobs. If they are those of the bare softmax (vLLM's default, --logprobs-mode raw_logprobs), say --logprobs raw.")
-            lines.append("  Or have the model score the texts: llmrl import-traces ... --score-with MODEL.")
+            lines.append("  Or have the model that wrote the texts score them: --score-with MODEL.")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

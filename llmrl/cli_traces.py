@@ -10,6 +10,17 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout, nothing else.")]
 
+# What import-traces and `score --use frs` both let say about the files of other programs.
+Format = Annotated[str | None, typer.Option("--format", help="Files of others: auto (default), traces, run, openai, vllm, lm-eval, lighteval, rows")]
+Column = Annotated[list[str] | None, typer.Option(help="Plain rows: FIELD=COLUMN, e.g. response=output gold=meta.answer; several times")]
+Logprobs = Annotated[str | None, typer.Option(help="What the file's log-probs are: raw (softmax at temperature 1, nothing cut), sampled, auto (default)")]
+Join = Annotated[Path | None, typer.Option(help="Rows with id or custom_id that add prompts and gold answers, e.g. a batch's input")]
+AnswerAfter = Annotated[str | None, typer.Option(help='The gold answer is what follows this mark, e.g. "####"')]
+ScoreKey = Annotated[str | None, typer.Option(help="lm-eval, lighteval: the metric that is the score")]
+Filter = Annotated[str | None, typer.Option("--filter", help="lm-eval: the filter whose rows are taken")]
+Steps = Annotated[str | None, typer.Option(help="Run directories: first and last step, e.g. 10-20")]
+OnBad = Annotated[str | None, typer.Option(help="Rows that are no traces: refuse (default), or drop (counted)")]
+
 
 def sample(
     model: Annotated[str, typer.Argument(help="A transformers folder, a Hub id, smollm2, or a run directory (its last checkpoint)")],
@@ -69,28 +80,25 @@ def sample(
 def import_traces(
     files: Annotated[list[Path], typer.Argument(help="Run directories, OpenAI or vLLM logs, lm-eval or lighteval samples, plain rows")],
     out: Annotated[Path, typer.Option("--out", help="traces.jsonl.gz to write")],
-    format_: Annotated[str, typer.Option("--format", help="auto, traces, run, openai, vllm, lm-eval, lighteval, rows")] = "auto",
-    column: Annotated[list[str] | None, typer.Option(help="rows: FIELD=COLUMN, e.g. response=output gold=meta.answer; several times")] = None,
+    format_: Format = None,
+    column: Column = None,
     model: Annotated[str | None, typer.Option(help="The name that the traces carry, whatever the file says")] = None,
-    logprobs: Annotated[str, typer.Option(help="What the file's log-probs are: raw (softmax at temperature 1, nothing cut), sampled, auto")] = "auto",
-    join: Annotated[Path | None, typer.Option(help="Rows with id or custom_id that add prompts and gold answers, e.g. a batch's input")] = None,
-    answer_after: Annotated[str | None, typer.Option(help='The gold answer is what follows this mark, e.g. "####"')] = None,
-    score_key: Annotated[str | None, typer.Option(help="lm-eval, lighteval: the metric that is the score")] = None,
-    filter_: Annotated[str | None, typer.Option("--filter", help="lm-eval: the filter whose rows are taken")] = None,
-    steps: Annotated[str | None, typer.Option(help="Run directories: first and last step, e.g. 10-20")] = None,
-    on_bad: Annotated[str, typer.Option(help="Rows that are no traces: refuse, or drop (counted)")] = "refuse",
-    score_with: Annotated[str | None, typer.Option(help="Fill missing raw_logprobs from this model, which should be the one that wrote the texts")] = None,
+    logprobs: Logprobs = None,
+    join: Join = None,
+    answer_after: AnswerAfter = None,
+    score_key: ScoreKey = None,
+    filter_: Filter = None,
+    steps: Steps = None,
+    on_bad: OnBad = None,
+    score_with: Annotated[str | None, typer.Option(help="Fill missing raw_logprobs from this model, the one that wrote the texts")] = None,
     dtype: Annotated[str, typer.Option(help="--score-with: float32 or bfloat16")] = "float32",
     json_: Json = False,
 ) -> None:  # fmt: skip
     """Make a trace file of the files of other programs; says what was dropped, what is missing and what to do about it."""
     from llmrl.importing import choices, import_files
 
-    how = choices(format_, column or [], logprobs, on_bad, steps)
-    result = import_files(
-        files, out, score_with=score_with, dtype=dtype, quiet=json_, model=model, join=join, answer_after=answer_after, score_key=score_key,
-        filter=filter_, **how,
-    )  # fmt: skip
+    how = choices(format_, column, logprobs, join, answer_after, score_key, filter_, steps, on_bad)
+    result = import_files(files, out, score_with=score_with, dtype=dtype, quiet=json_, model=model, **how)
     text = result.pop("text")
     tell(result, json_, f"{text}\n{result['traces']} traces -> {out}")
 
@@ -107,7 +115,7 @@ def score(
     out: Annotated[Path | None, typer.Option("--out", help="robustness, frs: folder for the report and its sources; default ./robustness, ./frs")] = None,
     drift: Annotated[bool, typer.Option("--drift/--no-drift", help="robustness: KL, CKA and weight distance to the set's base")] = True,
     base: Annotated[str | None, typer.Option("--base", help="robustness: where the set's base model is now, for drift")] = None,
-    dtype: Annotated[str, typer.Option(help="robustness: float32 or bfloat16")] = "float32",
+    dtype: Annotated[str, typer.Option(help="robustness, --score-with: float32 or bfloat16")] = "float32",
     judge_url: Annotated[list[str] | None, typer.Option(help="frs: an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; one, or one a judge")] = None,
     judge_model: Annotated[list[str] | None, typer.Option(help="frs: the judge's name there; several may be given, the first leads")] = None,
     judge_key_env: Annotated[str | None, typer.Option(help="frs: environment variable that holds the API key")] = None,
@@ -132,13 +140,23 @@ def score(
     usd_per_mtok: Annotated[str | None, typer.Option(metavar="IN,OUT", help="frs: the judge's prices, USD per million tokens")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="frs: print calls, tokens and cost; ask nothing")] = False,
     human: Annotated[Path | None, typer.Option(help="frs: people's scores, rows {id, faithfulness, utility, coherence, factuality, rater?}")] = None,
-    on_bad: Annotated[str | None, typer.Option(help="frs: refuse (default) or drop rows that are no traces")] = None,
+    format_: Format = None,
+    column: Column = None,
+    logprobs: Logprobs = None,
+    join: Join = None,
+    answer_after: AnswerAfter = None,
+    score_key: ScoreKey = None,
+    filter_: Filter = None,
+    steps: Steps = None,
+    on_bad: OnBad = None,
+    score_with: Annotated[list[str] | None, typer.Option(help="Fill missing raw_logprobs from the model that wrote the texts; one, or one a file")] = None,
     json_: Json = False,
 ) -> None:  # fmt: skip
     """Score trace files: unbiased pass@k, mean@k, majority vote, truncation and no-answer rates, with bootstrap intervals.
 
     With --use robustness: models (folders, Hub ids, run directories) on a frozen set; the first is the one the others are compared with.
-    With --use frs: the Filtered Reasoning Score of every file, compared, with a report; a killed command goes on where it was.
+    With --use frs: the Filtered Reasoning Score of every file, compared, with a report; a killed command goes on where it was. The options
+    from --format on say what files of other programs hold, as with `llmrl import-traces`.
     """
     from rich.console import Console
 
@@ -146,13 +164,15 @@ def score(
         "urls": judge_url, "models": judge_model, "key_env": judge_key_env, "structured": judge_format, "cache": judge_cache, "concurrency": judge_calls,
         "blind": blind, "both": both, "reasons": reasons, "baseline": baseline, "confidence": confidence, "tail": tail, "strict": strict,
         "sampled": sampled_logprobs, "special_ids": special_id, "per_problem": per_problem, "subsample": subsample, "top_half": top_half, "over": over,
-        "max_calls": max_calls, "max_usd": max_usd, "usd_per_mtok": usd_per_mtok, "dry_run": dry_run, "human": human, "on_bad": on_bad,
+        "max_calls": max_calls, "max_usd": max_usd, "usd_per_mtok": usd_per_mtok, "dry_run": dry_run, "human": human,
+        "format": format_, "column": column, "logprobs": logprobs, "join": join, "answer_after": answer_after, "score_key": score_key, "filter": filter_,
+        "steps": steps, "on_bad": on_bad, "score_with": score_with,
     }  # fmt: skip
     asked = {name: tuple(value) if isinstance(value, list) else value for name, value in asked.items() if value is not None and value is not False}
     asked = {name: value for name, value in asked.items() if value != ()}
     if use == "frs":
-        _score_frs([str(t) for t in traces], {**asked, "out": out, "k": tuple(k or ()), "resamples": resamples, "seed": seed, "verifier": verifier,
-                   "verifier_args": parse_json("--verifier-args", verifier_args)}, json_)  # fmt: skip
+        _score_frs([str(t) for t in traces], {**asked, "out": out, "k": tuple(k or ()), "resamples": resamples, "seed": seed, "dtype": dtype,
+                   "verifier": verifier, "verifier_args": parse_json("--verifier-args", verifier_args)}, json_)  # fmt: skip
         return
     if asked:
         from llmrl.records import InputError

@@ -43,16 +43,21 @@ def import_files(files: Sequence[Path], out: Path, *, score_with: str | None, dt
     return {"out": str(out), "traces": done, "scored_with": score_with, "files": [r.to_json() for r in reports], "text": "\n".join(texts)}
 
 
-def choices(format_: str, columns: Sequence[str], logprobs: str, on_bad: str, steps: str | None) -> dict[str, Any]:
-    """Options of the command line as keywords of read_any. Raises InputError."""
+def choices(
+    format: str | None = None, column: Sequence[str] | None = None, logprobs: str | None = None, join: Path | None = None, answer_after: str | None = None,
+    score_key: str | None = None, filter: str | None = None, steps: str | None = None, on_bad: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What the command line said about files of others, as keywords of read_any; None = not said. Raises InputError."""
     for name, value, known in (("logprobs", logprobs, ("auto", "raw", "sampled")), ("on-bad", on_bad, ("refuse", "drop"))):
-        if value not in known:
+        if value not in (None, *known):
             raise InputError(f"--{name} {value}: expected {', '.join(known)}")
-    pairs = [c.partition("=") for c in columns]
-    if wrong := [c for c, (field, equals, _) in zip(columns, pairs, strict=True) if not (field and equals)]:
+    pairs = [c.partition("=") for c in column or ()]
+    if wrong := [c for c, (field, equals, _) in zip(column or (), pairs, strict=True) if not (field and equals)]:
         raise InputError(f"--column {wrong[0]}: expected FIELD=COLUMN, e.g. response=output")
-    found: dict[str, Any] = {"format": format_, "columns": {field: column for field, _, column in pairs}, "logprobs": logprobs, "on_bad": on_bad}
-    return found | {"steps": step_range(steps)}
+    return {
+        "format": format or "auto", "columns": {field: column for field, _, column in pairs}, "logprobs": logprobs or "auto", "join": join,
+        "answer_after": answer_after, "score_key": score_key, "filter": filter, "steps": step_range(steps), "on_bad": on_bad or "refuse",
+    }  # fmt: skip
 
 
 def step_range(steps: str | None) -> tuple[int, int] | None:

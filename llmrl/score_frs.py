@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from llmrl import plugins
+from llmrl.importing import choices, import_files
 from llmrl.records import InputError
 from llmrl.sampling import EVALUATORS, graded
 
 TENTHS = tuple(i / 10 for i in range(1, 11))
+SAID = tuple(signature(choices).parameters)
+"""Options that say what files of others hold."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,11 @@ class Ask:
     human: Path | None = None
     cache: str = "~/.cache/llmrl/judge"
     concurrency: int = 16
-    drop_bad: bool = False
+    read: dict[str, Any] = field(default_factory=choices)
+    """What was said about the files: keywords of read_any."""
+    score_with: tuple[str, ...] = ()
+    """The model that fills missing raw_logprobs: one, or one a file."""
+    dtype: str = "float32"
     resamples: int = 10_000
     seed: int = 42
     verifier: str | None = None
@@ -56,9 +66,9 @@ class Ask:
 def make_ask(asked: dict[str, Any]) -> Ask:
     """From the options that were given; the others take their defaults. Raises InputError for values that make no sense."""
     found = {name: value for name, value in asked.items() if value is not None and value != ()}
-    for name, choices in (("structured", ("json_schema", "json_object", "none")), ("over", ("traces", "problems")), ("on_bad", ("refuse", "drop"))):
-        if name in found and found[name] not in choices:
-            raise InputError(f"{name} = {found[name]!r}: expected {', '.join(choices)}")
+    for name, known in (("structured", ("json_schema", "json_object", "none")), ("over", ("traces", "problems"))):
+        if name in found and found[name] not in known:
+            raise InputError(f"{name} = {found[name]!r}: expected {', '.join(known)}")
     if "usd_per_mtok" in found:
         try:
             read, written = map(float, found["usd_per_mtok"].split(","))
@@ -67,7 +77,8 @@ def make_ask(asked: dict[str, Any]) -> Ask:
         found["usd_per_mtok"] = (read, written)
     if found.get("blind") and found.get("both"):
         raise InputError("--blind is the blind judge alone and --both is it beside the paper's: give one of them")
-    return Ask(**{"out": Path("frs"), "drop_bad": found.pop("on_bad", "refuse") == "drop", **found})
+    said = {name: found.pop(name) for name in SAID if name in found}
+    return Ask(**{"out": Path("frs"), "read": choices(**said), **found})
 
 
 def part(ref: str) -> Any:
@@ -78,20 +89,36 @@ def part(ref: str) -> Any:
 class Source:
     """The traces of one file, as often as they are gone through; graded by the verifier where there is one."""
 
-    def __init__(self, argument: str, ask: Ask) -> None:
+    def __init__(self, argument: str, ask: Ask, scorer: str | None = None) -> None:
         label, equals, path = argument.partition("=")
         named = bool(equals) and not Path(argument).exists()
         self.path = Path(path if named else argument)
         model, _, benchmark = label.partition("@") if named else ("", "", "")
         self.model, self.benchmark = model or None, benchmark or None
-        self.ask, self.dropped = ask, 0
+        self.ask, self.scorer, self.dropped = ask, scorer, 0
         if not self.path.exists():
             raise InputError(f"{self.path}: no such file")
 
     def __iter__(self) -> Iterator[Any]:
+        if self.scorer is not None:
+            yield from part("importers:read_any")(self.filled())
+            return
         report = part("importers:ImportReport")(str(self.path))
-        yield from part("importers:read_any")(self.path, on_bad="drop" if self.ask.drop_bad else "refuse", report=report)
+        yield from part("importers:read_any")(self.path, report=report, **self.ask.read)
         self.dropped = len(report.bad)
+
+    def filled(self) -> Path:
+        """The traces with the log-probs that `scorer` gives their texts: made once, kept in --out under what they were made from."""
+        files = sorted(self.path.glob("samples/*")) if self.path.is_dir() else [self.path]
+        facts = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        told = json.dumps([facts, self.ask.read, self.scorer, self.ask.dtype], sort_keys=True, default=str)
+        path = self.ask.out / "filled" / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.jsonl.gz"
+        report = path.with_suffix(".json")
+        if not report.exists():
+            made = import_files([self.path], path, score_with=self.scorer, dtype=self.ask.dtype, quiet=True, **self.ask.read)
+            report.write_text(json.dumps(made) + "\n", encoding="utf-8")
+        self.dropped = len(json.loads(report.read_text(encoding="utf-8"))["files"][0]["bad"])
+        return path
 
     def first(self) -> Iterator[Any]:
         """With verdicts: the pool keeps them, so that the later readings need no verifier."""
@@ -118,7 +145,7 @@ class Outcome:
 def score_frs(files: Sequence[str], ask: Ask, *, quiet: bool = False) -> Outcome:
     """Everything is checked before the first call; a killed command goes on from OUT/judgements.jsonl."""
     judges, options = make_judges(ask), make_options(ask)
-    sources = [Source(f, ask) for f in files]
+    sources = make_sources(files, ask)
     human = part("agreement:read_human")(ask.human) if ask.human else {}
     pools: list[tuple[Any, Source]] = []
     for source in sources:
@@ -140,10 +167,17 @@ def score_frs(files: Sequence[str], ask: Ask, *, quiet: bool = False) -> Outcome
     return Outcome(results, comparison, notes, files_out, None)
 
 
+def make_sources(files: Sequence[str], ask: Ask) -> list[Source]:
+    if len(ask.score_with) not in (0, 1, len(files)):
+        raise InputError(f"{len(files)} files but {len(ask.score_with)} --score-with: name one model for all, or one a file")
+    scorers = ask.score_with if len(ask.score_with) == len(files) else (ask.score_with or (None,)) * len(files)
+    return [Source(file, ask, scorer) for file, scorer in zip(files, scorers, strict=True)]
+
+
 def make_options(ask: Ask) -> Any:
     if ask.strict and ask.sampled:
         raise InputError("--strict takes raw log-probs only; leave --sampled-logprobs out")
-    if ask.strict and ask.drop_bad:
+    if ask.strict and ask.read["on_bad"] == "drop":
         raise InputError("--strict drops no row; leave --on-bad drop out")
     if any(not 1 <= k <= 100 for k in ask.k):
         raise InputError(f"-k {min(ask.k)}: the percent of the pool that is kept, from 1 to 100")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +197,69 @@ def test_the_command_refuses(args, said, tmp_path):
 def test_options_of_frs_are_refused_elsewhere(tmp_path):
     found = CliRunner().invoke(app, ["score", str(sampled(tmp_path / "a.jsonl", "a", 2)), "--blind", "--max-calls", "3"])
     assert isinstance(found.exception, InputError) and "blind, max_calls" in str(found.exception)
+
+
+# ---------------------------------------------------------------- traces of others, in the same one command
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_plain_rows_with_columns_of_their_own(tmp_path):
+    rows = [{"q": f"{i} + 1?", "out": {"text": f"{i + 1}"}, "lp": [-0.1 * (i + 1)], "ok": i % 2} for i in range(12)]
+    jsonl(tmp_path / "mine.jsonl", rows)
+    jsonl(tmp_path / "asked.jsonl", [{"id": f"row-{i + 1}", "answer": f"work #### {i + 1}"} for i in range(12)])
+    how = ("mine@sums=mine.jsonl", "--baseline", "--json", "--column", "response=out.text", "--column", "score=ok", "--column", "logprobs=lp")
+    short = llmrl(*how, "--out", "o")
+    assert short.returncode == 2 and "say --logprobs raw" in short.stderr  # what they are nobody has said
+    done = llmrl(*how, "--out", "o", "--logprobs", "raw", "--column", "prompt=", "--join", "asked.jsonl", "--answer-after", "####")
+    assert done.returncode == 0, done.stderr
+    (told,) = json.loads(done.stdout)["results"]
+    assert (told["model"], told["traces"], told["pass_at_1"]["value"]) == ("mine", 12, 0.5) and told["top_accuracy"]["0.1"] == 0.0  # i = 0
+    with EndpointServer(lambda call, n: GOOD) as server:
+        judged = llmrl(*how[0:1], *how[2:], "--out", "p", "--logprobs", "raw", "--column", "prompt=q", "--column", "id=", "--judge-url", server.base_url,
+                       "--judge-model", "j", "--blind")  # fmt: skip
+        assert judged.returncode == 0 and json.loads(judged.stdout)["results"][0]["frs"]["value"] == 87.5, judged.stderr
+        assert any("11 + 1?" in call.text for call in server.calls)
+
+
+def test_a_batch_of_an_endpoint_joined_with_its_input(tmp_path):
+    def answer(k: int) -> dict[str, Any]:
+        token = {"token": f"{k}", "logprob": -0.5 / (k + 1), "bytes": [48 + k]}
+        return {"model": "gpt-x", "choices": [{"index": 0, "message": {"role": "assistant", "content": f"{k}"}, "finish_reason": "stop",
+                                               "logprobs": {"content": [token]}}]}  # fmt: skip
+
+    body = {"model": "gpt-x", "temperature": 1, "top_p": 1, "messages": [{"role": "user", "content": "how many?"}]}
+    jsonl(tmp_path / "out.jsonl", [{"id": "r", "custom_id": f"q{k}", "response": {"status_code": 200, "body": answer(k)}, "error": None} for k in range(9)])
+    jsonl(tmp_path / "in.jsonl", [{"custom_id": f"q{k}", "body": body, "answer": k % 8} for k in range(9)])
+    with EndpointServer(lambda call, n: GOOD) as server:
+        done = llmrl("out.jsonl", "--join", "in.jsonl", "--verifier", "numeric", "--judge-url", server.base_url, "--judge-model", "j", "--json")
+    assert done.returncode == 0, done.stderr
+    (told,) = json.loads(done.stdout)["results"]
+    assert told["model"] == "gpt-x" and told["traces"] == told["problems"] == 9 and told["pass_at_1"]["value"] == pytest.approx(8 / 9)
+    assert len(server.calls) == 9 and all("how many?" in call.text for call in server.calls)
+
+
+def test_texts_without_probabilities_are_scored_by_the_model_that_wrote_them_once(tmp_path, monkeypatch):
+    from llmrl import importing
+
+    asked: list[str] = []
+
+    def scored(traces: Any, model: str, dtype: str) -> Any:
+        asked.append(f"{model} {dtype}")
+        yield from (replace(t, raw_logprobs=[-0.1 * len(t.response), -0.2], token_ids=[1, 2]) for t in traces)
+
+    monkeypatch.setattr(importing, "_scored", scored)
+    for name in ("a", "b"):
+        jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{i}?", "response": "x" * (i + 1), "score": i % 2} for i in range(10)] + [{"prompt": "no response"}])
+    files = ("a@x=a.jsonl", "b@x=b.jsonl", "--baseline", "--json", "--on-bad", "drop")
+    assert llmrl(*files).returncode == 2  # without a model there is no confidence
+    assert llmrl(*files, "--score-with", "1", "--score-with", "2", "--score-with", "3").returncode == 2
+    for dtype in ("bfloat16", "bfloat16", "float32"):
+        done = llmrl(*files, "--score-with", "one", "--score-with", "two", "--dtype", dtype)
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert told["results"][0]["traces"] == 10 and "a.jsonl: 1 rows are no traces and were left out" in told["notes"]
+    assert asked == ["one bfloat16", "two bfloat16", "one float32", "two float32"]  # the second command took what the first had made
