@@ -18,6 +18,7 @@ from rich.table import Table
 from llmrl.evaluation.agreement import agreement
 from llmrl.evaluation.estimator import Measured, Values, bootstrap_means, resample_sums, union
 from llmrl.evaluation.frs import FRSResult, percent, points
+from llmrl.evaluation.selection import foretold
 from llmrl.evaluation.transfer import POINTS, disagreement, macro, spearman, ties, transfer
 from llmrl.records import InputError
 
@@ -67,6 +68,8 @@ class Comparison:
     """{k, means: {model: points}, spearman}: rank correlation of the model means at this K with those at the headline's."""
     filter_against_single: dict[str, Any]
     """Pairs of models that FRS and single traces order differently."""
+    selection: dict[str, Any]
+    """{mean, pairs, predictors}: gain of a problem's most confident trace over a random one, points, and what goes with it: see selection.foretold."""
     pairs: list[dict[str, Any]]
     """Paired bootstrap of two models on a benchmark: {a, b, benchmark, difference, low, high, p, problems, paired}; difference is a - b, points."""
     judges: list[dict[str, Any]]
@@ -96,6 +99,12 @@ class Comparison:
         if any(t["spearman"] is not None for t in self.transfer):
             tables.append(_table("Transfer, one benchmark left out", ("from", "to", "Spearman", "Pearson"), [
                 (t["from"], t["to"], _number(t["spearman"], 3), _number(t["pearson"], 3)) for t in self.transfer
+            ]))  # fmt: skip
+        if any(r["pearson"] is not None for r in self.selection["predictors"]):
+            g = self.selection
+            title = f"A problem's most confident trace less a random one: {_number(g['mean'])} points over {g['pairs']} pairs of model and benchmark"
+            tables.append(_table(title, ("what goes with the gain", "Pearson", "pairs"), [
+                (r["predictor"], _number(r["pearson"], 3), str(r["pairs"])) for r in g["predictors"]
             ]))  # fmt: skip
         if self.judges:
             tables.append(_table("Judges against the first", ("judge", "mean difference", "rank correlation", "exact %", "within one %", "kappa"), [
@@ -229,6 +238,11 @@ def compare(results: Sequence[FRSResult], *, resamples: int = 10_000, seed: int 
     return Comparison(
         label=label, k=k, models=models, benchmarks=benchmarks, leaderboard=rows, ties=_ties(tables), transfer=_transfers(tables),
         k_sensitivity=_k_sensitivity(models, benchmarks, cells, k), filter_against_single=disagreement(tables["FRS"], tables["single trace"]),
+        selection=foretold([r.gain.value for r in cells.values()], {
+            "FRS": [r.frs.value for r in cells.values()], "accuracy of the kept": [r.top_accuracy.get(k) for r in cells.values()],
+            "unfiltered": [r.unfiltered.value for r in cells.values()], "single trace": [r.single_trace.value for r in cells.values()],
+            "pass@1": [r.pass_at_1.value for r in cells.values()],
+        }),
         pairs=pairs, judges=[_against(name, other, cells, models, benchmarks) for name, other in others], notes=_notes(rows, pairs, cells),
     )  # fmt: skip
 

@@ -18,9 +18,10 @@ from rich.table import Table
 
 from llmrl.evaluation.confidence import Confidence
 from llmrl.evaluation.dimensions import Case, Judge, Judgement, case_of
-from llmrl.evaluation.estimator import Measured, Stratum, Values, draw, estimate, over_problems, shells, tenths
+from llmrl.evaluation.estimator import NOTHING, Measured, Stratum, Values, draw, estimate, over_problems, shells, tenths
 from llmrl.evaluation.judging import Judged, JudgementFile, judge_cases
 from llmrl.evaluation.pool import Pool, accuracy, composition, diagnostics, ece, kept, scan
+from llmrl.evaluation.selection import drawn_pairs, selection_gain
 from llmrl.evaluation.traces import Trace
 from llmrl.records import InputError
 
@@ -95,6 +96,8 @@ class FRSResult:
     """By rank."""
     dropped: dict[str, int]
     """What is in no quality, by reason."""
+    gain: Measured = NOTHING
+    """Points: quality of a problem's most confident trace less that of a random one; see llmrl.evaluation.selection."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What the numbers depend on: measure, share, guard, strata, seed, resamples, ..."""
 
@@ -115,7 +118,7 @@ class FRSResult:
         try:
             row = dict(found)
             row["frs"] = row.pop("baseline", None) or row["frs"]
-            for name in ("frs", "unfiltered", "single_trace", "pass_at_1", "mean_at_k"):
+            for name in ("frs", "unfiltered", "single_trace", "pass_at_1", "mean_at_k", *(("gain",) if "gain" in row else ())):
                 row[name] = Measured(**row[name])
             row["by_k"] = {float(k): Measured(**v) for k, v in row["by_k"].items()}
             row["top_accuracy"] = {float(k): v for k, v in row["top_accuracy"].items()}
@@ -131,7 +134,7 @@ class FRSResult:
         for name in ("", "value [95 % interval]", "judged", "of"):
             table.add_column(name, justify="left" if not name else "right")
         rows = [(f"{self.label}, K = {100 * k:g} %", m) for k, m in self.by_k.items() if k in SHOWN or k == self.k]
-        rows += [("one trace a problem", self.single_trace)]
+        rows += [("one trace a problem", self.single_trace)] + ([("most confident of a problem less a random one", self.gain)] if self.gain.n else [])
         for name, m in rows:
             table.add_row(name, points(m), str(m.n), str(m.of))
         for name, m in (("pass@1, % of these traces", self.pass_at_1), ("mean@k, %", self.mean_at_k)):
@@ -169,6 +172,7 @@ class Options:
     per_problem: bool = False
     subsample: int | None = 50
     top_half: bool = False
+    selection: int = 0
     threshold: float = 1.0
     over: Literal["traces", "problems"] = "traces"
     seed: int = 42
@@ -184,6 +188,8 @@ class Options:
         object.__setattr__(self, "ks", tuple(round(k, 9) for k in self.ks))
         if self.top_half and (self.per_problem or self.k not in TENTHS[:5] or self.subsample is None):
             raise InputError("top_half is the paper's draw of 50 from five bins: it goes with one pool, a subsample and a K of 10, 20, ... 50 %")
+        if self.selection < 0 or self.selection == 1:
+            raise InputError(f"selection is {self.selection} problems; an interval needs at least 2, and 0 leaves it out")
         if self.resamples < 1:
             raise InputError(f"resamples is {self.resamples}; it must be at least 1")
 
@@ -197,11 +203,13 @@ class Plan:
     """One trace a problem, as far as drawn."""
     singles: int
     """Problems that they stand for; 0 where single traces are left out."""
+    pairs: np.ndarray
+    """[n, 2]: the most confident and a random trace of each problem that the selection gain is taken from, as far as drawn."""
 
     @property
     def asked(self) -> np.ndarray:
         """Every index once, in the order of judging: the most confident stratum first, at random within each."""
-        parts = np.concatenate([*(s.drawn for s in self.strata), self.single]).astype(int)
+        parts = np.concatenate([*(s.drawn for s in self.strata), self.single, self.pairs.ravel()]).astype(int)
         return parts[np.sort(np.unique(parts, return_index=True)[1])]
 
 
@@ -217,10 +225,11 @@ def plan(pool: Pool, options: Options) -> Plan:
     else:
         n, parts = None, cut
     strata = [Stratum(k, index, draw(index, n, *name, b, options.seed)) for b, (k, index) in enumerate(parts)]
+    pairs = drawn_pairs(pool, options.selection, *name, options.seed)
     if options.top_half:
-        return Plan(strata, np.zeros(0, int), 0)
+        return Plan(strata, np.zeros(0, int), 0, pairs)
     first = _first_samples(pool)
-    return Plan(strata, draw(first, None if n is None and ks[-1] == 1.0 else options.subsample, *name, "single", options.seed), len(first))
+    return Plan(strata, draw(first, None if n is None and ks[-1] == 1.0 else options.subsample, *name, "single", options.seed), len(first), pairs)
 
 
 def _first_samples(pool: Pool) -> np.ndarray:
@@ -258,7 +267,7 @@ def refuse_unshowable(cases: Sequence[Case], judge: Judge) -> None:
 
 def frs(
     traces: Iterable[Trace], *, judge: Judge, k: float = 0.10, ks: Sequence[float] = TENTHS, confidence: Confidence | None = None,
-    per_problem: bool = False, subsample: int | None = 50, top_half: bool = False, threshold: float = 1.0,
+    per_problem: bool = False, subsample: int | None = 50, top_half: bool = False, selection: int = 0, threshold: float = 1.0,
     over: Literal["traces", "problems"] = "traces", seed: int = 42, resamples: int = 10_000, model: str | None = None,
     benchmark: str | None = None, file: JudgementFile | None = None, workers: int = 16,
 ) -> FRSResult:  # fmt: skip
@@ -271,6 +280,7 @@ def frs(
     per_problem: filter within each problem and not over one pool.
     subsample: traces a tenth of the pool to judge (the estimator behind the paper's table, over the whole pool); None = all up to the largest K.
     top_half: exactly the paper's five bins: nothing below the median is judged, so there is no unfiltered mean.
+    selection: problems whose most confident and one random trace are judged too, for `gain`; 0 = only where all traces are judged anyway.
     threshold: a trace is right when its score is at least this.
     over: what the bootstrap draws anew: "traces" (the paper) or whole "problems".
     seed: of draws and bootstrap. file: where judgements are kept; workers: calls in flight.
@@ -278,7 +288,7 @@ def frs(
     Raises InputError for traces of several models or benchmarks, or without what the confidence or the judge needs.
     """
     source = list(traces) if iter(traces) is traces else traces
-    options = Options(k, tuple(ks), confidence or Confidence(), per_problem, subsample, top_half, threshold, over, seed, resamples)
+    options = Options(k, tuple(ks), confidence or Confidence(), per_problem, subsample, top_half, selection, threshold, over, seed, resamples)
     pools = scan(source, options.confidence, model=model, benchmark=benchmark)
     if len(pools) != 1:
         raise InputError(f"the traces are of {len(pools)} pairs of model and benchmark: {sorted(pools)}; score them one by one")
@@ -336,6 +346,7 @@ def assemble(
         judge={"name": judge.name, "blind": judge.blind, **getattr(judge, "about", {}), "counters": judged.spent, "reused": judged.reused},
         judged=_judged(pool, chosen, found, low, ids),
         dropped={**pool.dropped, "judgement failed": failed, f"not asked{': ' + judged.why if judged.why else ''}": judged.not_asked},
+        gain=selection_gain(pool, value_N, asked, chosen.pairs, resamples=options.resamples, seed=options.seed),
         settings=_settings(options, chosen),
     )  # fmt: skip
     return result
@@ -364,4 +375,5 @@ def _settings(options: Options, chosen: Plan) -> dict[str, Any]:
         "top_half": options.top_half, "threshold": options.threshold, "bootstrap_over": options.over, "seed": options.seed,
         "resamples": options.resamples,
         "strata": [{"k": s.k, "traces": len(s.index), "drawn": len(s.drawn)} for s in chosen.strata], "single_drawn": len(chosen.single),
+        "selection_drawn": len(chosen.pairs),
     }  # fmt: skip

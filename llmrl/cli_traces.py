@@ -134,6 +134,7 @@ def score(
     per_problem: Annotated[bool, typer.Option("--per-problem", help="frs: filter within each problem, not over one pool")] = False,
     subsample: Annotated[int | None, typer.Option(min=0, help="frs: traces of each tenth of the pool to judge, default 50; 0 = all")] = None,
     top_half: Annotated[bool, typer.Option("--top-half", help="frs: judge the paper's five bins only: no unfiltered mean, half the calls")] = False,
+    selection: Annotated[int | None, typer.Option(min=0, help="frs: problems whose most confident and one random trace are judged for the gain; 0")] = None,
     over: Annotated[str | None, typer.Option(help="frs: the bootstrap draws traces (default, the paper) or problems")] = None,
     max_calls: Annotated[int | None, typer.Option(min=1, help="frs: calls of the whole job, at most, over all judges and restarts")] = None,
     max_usd: Annotated[float | None, typer.Option(min=0, help="frs: USD of the whole job, at most")] = None,
@@ -163,7 +164,8 @@ def score(
     asked = {
         "urls": judge_url, "models": judge_model, "key_env": judge_key_env, "structured": judge_format, "cache": judge_cache, "concurrency": judge_calls,
         "blind": blind, "both": both, "reasons": reasons, "baseline": baseline, "confidence": confidence, "tail": tail, "strict": strict,
-        "sampled": sampled_logprobs, "special_ids": special_id, "per_problem": per_problem, "subsample": subsample, "top_half": top_half, "over": over,
+        "sampled": sampled_logprobs, "special_ids": special_id, "per_problem": per_problem, "subsample": subsample, "top_half": top_half,
+        "selection": selection, "over": over,
         "max_calls": max_calls, "max_usd": max_usd, "usd_per_mtok": usd_per_mtok, "dry_run": dry_run, "human": human,
         "format": format_, "column": column, "logprobs": logprobs, "join": join, "answer_after": answer_after, "score_key": score_key, "filter": filter_,
         "steps": steps, "on_bad": on_bad, "score_with": score_with,

@@ -44,6 +44,7 @@ class Ask:
     subsample: int = 50
     """0 = all."""
     top_half: bool = False
+    selection: int = 0
     over: str = "traces"
     max_calls: int | None = None
     max_usd: float | None = None
@@ -188,7 +189,7 @@ def make_options(ask: Ask) -> Any:
     ks = (head, *more) if more else TENTHS if head in TENTHS else (head, 0.2, 0.5, 1.0)
     return part("frs:Options")(
         k=head, ks=tuple(ks), confidence=confidence, per_problem=ask.per_problem, subsample=ask.subsample or None, top_half=ask.top_half,
-        over=ask.over, seed=ask.seed, resamples=ask.resamples,
+        selection=ask.selection, over=ask.over, seed=ask.seed, resamples=ask.resamples,
     )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ function details() {
   return section(title("All figures", "Accuracies are of the same traces. Click a heading to sort."), table([
     {name: "model", left: true, get: r => r.model, show: r => [dot(r.model), r.model]}, {name: "benchmark", left: true, get: r => r.benchmark, show: r => r.benchmark},
     {name: "score", left: true, get: r => r.label, show: r => r.label}, {name: "K", get: r => r.k, show: r => `${num(100 * r.k, 0)} %`},
-    m("kept set", "frs"), m("unfiltered", "unfiltered"), m("one trace a problem", "single_trace"),
+    m("kept set", "frs"), m("unfiltered", "unfiltered"), m("one trace a problem", "single_trace"), m("gain of the most confident", "gain"),
     {name: "right among kept, %", get: r => (r.top_accuracy || {})[String(r.k)], show: r => pct((r.top_accuracy || {})[String(r.k)])},
     m("pass@1, %", "pass_at_1", 100), m("mean@k, %", "mean_at_k", 100), {name: "ECE", get: r => r.ece, show: r => num(r.ece, 3)},
     {name: "traces", get: r => r.traces, show: r => r.traces}, {name: "problems", get: r => r.problems, show: r => r.problems},
@@ -283,6 +283,9 @@ function comparison() {
     {name: "K", get: r => r.k, show: r => `${num(100 * r.k, 0)} %`}, ...C.models.map(m => ({name: m, get: r => (r.means || {})[m], show: r => num((r.means || {})[m])})), col("Spearman", "spearman", 3)], C.k_sensitivity, 0, true));
   const f = C.filter_against_single;
   if (f && f.pairs) part("Filter against single traces", "", el("p", {}, `${f.reversed} of ${f.pairs} pairs of models that differ by at least ${num(f.points, 0)} points in both are ordered the other way round by one judged trace a problem.`));
+  const g = C.selection;
+  if (g && ok(g.mean)) part("Does confidence choose within a problem?", `Quality of a problem's most confident trace less that of a random one: ${num(g.mean)} points on average over ${g.pairs} pairs of model and benchmark. Correlations over those pairs:`, table([
+    text("what goes with the gain", "predictor"), col("Pearson", "pearson", 3), col("pairs", "pairs", 0)], g.predictors, 0));
   const agree = a => a && a.all ? {traces: a.traces, ...a.all} : {};
   if (some(C.judges)) part("Other judges", `Against the first one (${level}).`, table([
     text("judge", "judge"), text("its score", "label"), ...(C.models || []).map(m => ({name: m, get: r => (r.means || {})[m], show: r => num((r.means || {})[m])})), col("Spearman", "spearman", 3), col("mean difference", "difference"),
@@ -290,7 +293,7 @@ function comparison() {
   const persons = R.flatMap(r => Object.entries((r.judge || {}).agreement || {}).map(([other, a]) => ({who: `${r.model} · ${r.benchmark} · ${(r.judge || {}).name || r.label}`, other, ...agree(a)})));
   if (persons.length) part("Agreement on single traces", "Scores of 1 to 5 on the same traces, all four dimensions together.", table([text("result", "who"), text("other judge or person", "other"), col("traces", "traces", 0),
     {name: "same score, %", get: r => r.exact, show: r => pct(r.exact)}, {name: "within one, %", get: r => r.within_one, show: r => pct(r.within_one)}, col("Pearson", "pearson", 2), col("weighted kappa", "kappa", 2)], persons, 0));
-  const known = ["label", "k", "models", "benchmarks", "leaderboard", "ties", "transfer", "k_sensitivity", "filter_against_single", "pairs", "judges", "notes"];
+  const known = ["label", "k", "models", "benchmarks", "leaderboard", "ties", "transfer", "k_sensitivity", "filter_against_single", "selection", "pairs", "judges", "notes"];
   const rest = Object.fromEntries(Object.entries(C).filter(([key]) => !known.includes(key)));
   if (Object.keys(rest).length) parts.push(generic(rest));
   return parts.length ? section(title("Comparison"), el("div", {class: "generic"}, parts)) : null;
