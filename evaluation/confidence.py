@@ -167,7 +167,7 @@ class Confidence:
         if values is None:
             raise InputError(
                 f"trace {trace.id!r} has no self_certainty: it needs the whole distribution at every token, which traces do not keep. "
-                'Add the column "self_certainty" (a number, or one a token) while sampling, or take another measure'
+                'Sample with --self-certainty (the column "self_certainty": a number, or one a token), or take another measure'
             )
         if len(values) > 1:
             values = values[self.kept(trace, len(values))]

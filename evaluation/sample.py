@@ -19,7 +19,7 @@ Item = tuple[Prompt, int]
 def sample_traces(
     engine: Engine, prompt_ids: Callable[[Prompt], Sequence[int]], prompts: Sequence[Prompt], out: Path, *, n: int, sampling: Sampling, seed: int,
     model: str, score: Callable[[list[tuple[Prompt, str]]], list[Verdict]] | None = None, text: Callable[[Sequence[int]], str] | None = None,
-    raw: bool = True, batch: int | None = None, resume: bool = True, each: Callable[[int], None] = lambda done: None,
+    raw: bool = True, certainty: bool = False, batch: int | None = None, resume: bool = True, each: Callable[[int], None] = lambda done: None,
 ) -> int:  # fmt: skip
     """Writes n traces a prompt to `out` and returns how many were new. Ids are "<prompt id>/<i>".
 
@@ -28,9 +28,10 @@ def sample_traces(
     log-probs hang on what else it is doing).
 
     raw: fills raw_logprobs (nats, temperature 1, nothing cut): the engine's own where it sampled from just that, else from a second pass over
-    the finished texts (`engine.score`). text: decodes ids; then traces hold the text of each token, which reports show. score: grades each
-    batch; without it traces carry status None. batch: traces made together; default 256, less where there are few, so that `each`, which is
-    called with the number of traces made so far, tells something. An engine that answers request by request (`streams`: servers share the
+    the finished texts (`engine.score`). certainty: adds the column self_certainty, a number a token (nats), by a pass of its own
+    (`engine.certainty`, which our engine has). text: decodes ids; then traces hold the text of each token, which reports show. score: grades
+    each batch; without it traces carry status None. batch: traces made together; default 256, less where there are few, so that `each`, which
+    is called with the number of traces made so far, tells something. An engine that answers request by request (`streams`: servers share the
     requests) makes two batches at a time and calls `each` for every trace.
 
     Raises InputError where `out` was begun with another model or other sampling.
@@ -52,8 +53,10 @@ def sample_traces(
             if score is not None:
                 for k, v in zip(new, score([(part[k][0], done[k].text) for k in new]), strict=True):
                     verdicts[k] = v
+            sure = engine.certainty([(r.context_ids, c.token_ids) for r, c in zip(asked, done, strict=True)]) if certainty else None  # type: ignore[attr-defined]
             for k in new:
-                writer.write(_trace(part[k], done[k], raws[k], verdicts[k], text, model, how))
+                more = how if sure is None else how | {"self_certainty": [float(f"{x:.7g}") for x in sure[k]]}
+                writer.write(_trace(part[k], done[k], raws[k], verdicts[k], text, model, more))
         each(len(items))
     return len(writer.ids) - begun
 

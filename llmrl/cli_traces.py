@@ -42,6 +42,7 @@ def sample(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     engine: Annotated[str | None, typer.Option(help="hf, or vllm: running servers, which MODEL names the tokenizer of")] = None,
     server: Annotated[list[str] | None, typer.Option(metavar="URL", help="A vLLM server; several share the work")] = None,
+    self_certainty: Annotated[bool, typer.Option("--self-certainty", help="Add that column, for `score --confidence self_certainty`; a pass more")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     transport: Annotated[str | None, typer.Option(help="vgf: move the samples along a reward model's gradient; docs/vgf.md")] = None,
     reward_model: Annotated[str | None, typer.Option(metavar="FOLDER", help="--transport: what is followed; `llmrl reward` makes one")] = None,
@@ -69,11 +70,14 @@ def sample(
     if transport is not None or reward_model is not None or second_reward is not None:
         from llmrl.transport_sampling import chosen, summary, transport_file
 
+        if self_certainty:
+            raise InputError("--self-certainty is not for samples that --transport moves: leave one of them out")
+
         move = chosen(transport, reward_model, flow_steps, eps, velocity, candidates, guard)
         result = transport_file(model, data, out, move, reward_model=str(reward_model), second_reward=second_reward, **how)
         tell(result, json_, summary(result))
         return
-    result = sample_file(model, data, out, **how)
+    result = sample_file(model, data, out, certainty=self_certainty, **how)
     tell(result, json_, f"{result['new']} new traces, {result['traces']} in all -> {out}")
 
 

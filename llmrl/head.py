@@ -7,6 +7,7 @@ matrices, at two thirds of the cost of the latter. The softmax runs in fp32; gra
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,6 +39,24 @@ def head_logp(
     """
     logp_T, entropy_T = _HeadLogp.apply(hidden_TD, weight_VD, bias_V, target_T, temperature, banned_ids, chunk, entropy)  # type: ignore[misc]
     return logp_T, entropy_T if entropy else None
+
+
+def head_certainty(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *, banned_ids: tuple[int, ...] = (), chunk: int = 1024
+) -> Tensor:
+    """Self-certainty [T], fp32, no gradient: KL(U || p) = -log V - (1 / V) sum_v log p_v in nats, >= 0, V = ids that are not banned, temperature 1.
+
+    Source: arXiv:2502.18581.
+    """
+    found = []
+    for a in range(0, len(hidden_TD), chunk):
+        logits = head_logits(hidden_TD[a : a + chunk], weight_VD, bias_V)
+        if banned_ids:
+            keep_V = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+            keep_V[list(banned_ids)] = False
+            logits = logits[:, keep_V]
+        found.append(logits.logsumexp(-1) - logits.mean(-1) - math.log(logits.shape[1]))
+    return torch.cat(found) if found else hidden_TD.new_zeros(0, dtype=torch.float32)
 
 
 def _scaled(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, banned: tuple[int, ...]) -> Tensor:

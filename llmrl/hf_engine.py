@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from llmrl.attention import DecodePlan, PrefillPlan
-from llmrl.batch import Contexts, pack, seg_tokens
+from llmrl.batch import Contexts, TokenBatch, pack, seg_tokens
 from llmrl.engine import draw
-from llmrl.head import head_logp
+from llmrl.head import head_certainty, head_logp
 from llmrl.models import Policy
 from llmrl.records import Completion, InputError, Request, Sample, Sampling
 from llmrl.rollout import philox
@@ -97,6 +97,14 @@ class HFEngine:
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
         """Log-probs (nats, temperature 1, tokens that are never sampled outside the softmax) of each pair's second ids behind the first."""
+        return self._read(pairs, lambda hidden_TD, b: head_logp(hidden_TD, *self.policy.head, b.tokens_T, banned_ids=self.policy.banned_ids)[0])
+
+    def certainty(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[list[float]]:
+        """KL(uniform || p) (nats, >= 0) of the same distributions at each of the second ids: see head.head_certainty."""
+        return self._read(pairs, lambda hidden_TD, b: head_certainty(hidden_TD, *self.policy.head, banned_ids=self.policy.banned_ids))
+
+    def _read(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], f: Callable[[Tensor, TokenBatch], Tensor]) -> list[list[float]]:
+        """f(hidden_TD, batch) -> [T], a number for each of the second ids, teacher-forced."""
         device, done = self.policy.device, [[] for _ in pairs]
         samples = [Sample(str(i), str(i), list(c), list(t), None, self.policy_version) for i, (c, t) in enumerate(pairs) if t]
         training = self.policy.model.training
@@ -105,9 +113,8 @@ class HFEngine:
             with torch.inference_mode():
                 for batch in pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=PREFILL_TOKENS):
                     b = batch.to(device)
-                    hidden = self.policy.hidden(b.ids_P, b.positions_P, b.plan(self.policy.kernel)).index_select(0, b.source_T)
-                    logp, _ = head_logp(hidden, *self.policy.head, b.tokens_T, banned_ids=self.policy.banned_ids)
-                    for k, own in zip(b.sample_index, seg_tokens(logp, b), strict=True):
+                    hidden_TD = self.policy.hidden(b.ids_P, b.positions_P, b.plan(self.policy.kernel)).index_select(0, b.source_T)
+                    for k, own in zip(b.sample_index, seg_tokens(f(hidden_TD, b), b), strict=True):
                         done[int(samples[k].id)] = own.tolist()
         finally:
             self.policy.model.train(training)

@@ -51,6 +51,7 @@ def sample_file(
     model: str, data: str, out: Path, *, n: int, temperature: float, top_p: float, max_new_tokens: int, stop: tuple[str, ...], limit: int | None,
     template: str | None, system: str | None, answer_after: str | None, args: dict[str, Any], split: str | None, verifier: str | None,
     verifier_args: dict[str, Any], dtype: str, seed: int, resume: bool, quiet: bool, servers: tuple[str, ...] = (),
+    certainty: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Reads prompts, checks them, builds the verifier, only then loads the model; shows a progress bar with the time left.
 
@@ -64,6 +65,8 @@ def sample_file(
 
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {dtype}: expected float32 or bfloat16")
+    if certainty and servers:
+        raise InputError("--self-certainty needs whole distributions, which servers do not give: leave --server out, or the column")
     where = model_folder(model)
     prompts = read_prompts(
         data, base=Path.cwd(), split=split, args=args, template=template, system=system, answer_after=answer_after, limit=limit,
@@ -81,7 +84,8 @@ def sample_file(
             task = bar.add_task("", total=len(prompts) * n)
             new = run(
                 engine, lambda p: policy.chat.prompt_ids(p.messages), prompts, out, n=n, sampling=sampling, seed=seed, model=model,
-                score=scorer.score if scorer else None, text=policy.chat.text, resume=resume, each=lambda done: bar.update(task, completed=done),
+                score=scorer.score if scorer else None, text=policy.chat.text, certainty=certainty, resume=resume,
+                each=lambda done: bar.update(task, completed=done),
             )  # fmt: skip
     finally:
         if scorer:

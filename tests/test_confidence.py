@@ -170,3 +170,22 @@ def test_scored_probabilities_are_the_generators_own():
     np.testing.assert_allclose(engine.score([(context, again.token_ids)])[0], again.logprobs, atol=1e-5)  # T = 1: the engine's own are raw
     assert not np.allclose(scored[1], hot.logprobs, atol=1e-3)  # those of T = 1.7 are not
     np.testing.assert_allclose(engine.score([(context, hot.token_ids)])[0], scored[1], atol=1e-6)
+    certain = engine.certainty([(context, greedy.token_ids), (context, [])])
+    seen = logits[:, torch.isfinite(logits[0])].log_softmax(-1)  # KL(uniform || p) by its definition, over the ids that can be sampled
+    by_hand = (torch.full_like(seen, 1 / seen.shape[1]) * (-math.log(seen.shape[1]) - seen)).sum(-1)
+    np.testing.assert_allclose(certain[0], by_hand.numpy(), atol=1e-5)
+    assert min(certain[0]) > 0 and certain[1] == []
+
+
+def test_self_certainty_of_known_distributions():
+    torch = pytest.importorskip("torch")
+    from llmrl.head import head_certainty
+
+    weight = torch.eye(4, dtype=torch.float64)
+    hidden = torch.log(torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1], [0.97, 0.01, 0.01, 0.01]], dtype=torch.float64))
+    found = head_certainty(hidden, weight, None)
+    expected = [0.0, (math.log(0.25 / 0.7) + 3 * math.log(0.25 / 0.1)) / 4, (math.log(0.25 / 0.97) + 3 * math.log(0.25 / 0.01)) / 4]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(head_certainty(hidden + 3.0, weight, None, chunk=2).numpy(), expected, atol=1e-12)  # neither shift nor chunks matter
+    two = head_certainty(hidden, weight, None, banned_ids=(2, 3))[1]  # 0.7 and 0.1 of 0.8
+    assert float(two) == pytest.approx((math.log(0.5 / 0.875) + math.log(0.5 / 0.125)) / 2, abs=1e-12)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from llmrl.evaluation.confidence import Confidence
 from llmrl.evaluation.sample import raw_logprobs, rescore, sample_traces, token_texts
 from llmrl.evaluation.traces import BadTrace, Trace, TraceWriter, bad_report, parse_trace, read_traces, write_traces
 from llmrl.records import Completion, InputError, Prompt, Request, Sampling, Verdict
@@ -319,6 +320,15 @@ def test_raw_logprobs_are_the_engines_own_only_where_it_sampled_from_the_bare_so
         want = t.logprobs if own else [-k / 4 - 1 for k in range(len(t.logprobs))]
         assert t.raw_logprobs == pytest.approx(want, abs=1e-5) and t.tokens == ["t"] * len(want)
         assert t.extra["sampling"]["temperature"] == sampling.temperature and t.extra["sampling"]["seed"] == 5
+
+
+def test_self_certainty_is_a_column_where_it_is_asked_for(tmp_path):
+    engine = Scripted()
+    engine.certainty = lambda pairs: [[0.125 * len(context)] * len(ids) for context, ids in pairs]  # type: ignore[attr-defined]
+    sample(tmp_path / "t.jsonl", engine, certainty=True)
+    for t in read_traces(tmp_path / "t.jsonl"):
+        assert t.extra["self_certainty"] == [0.125 * len(t.prompt or "")] * len(t.token_ids or [])
+        assert Confidence("self_certainty").of(t)[0] == 0.125 * len(t.prompt or "")
 
 
 def test_a_broken_off_run_continues_to_the_bytes_of_an_unbroken_one(tmp_path):
