@@ -61,17 +61,23 @@ def page_data(
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that the page shows, as JSON values."""
     rows = []
-    for r in results:
+    for r, name in zip(results, series(results), strict=True):
         row = {key: value for key, value in r.to_json().items() if key != "judged"}
         row["frs"] = row.get("baseline") or row["frs"]  # the page tells them apart by is_frs
         step = max(1, math.ceil(len(r.judged) / MAX_POINTS))
         row |= {
-            "is_frs": r.is_frs, "judged_n": len(r.judged), "pillars": {"kept": pillars(r, True), "all": pillars(r, False)},
+            "series": name, "is_frs": r.is_frs, "judged_n": len(r.judged), "pillars": {"kept": pillars(r, True), "all": pillars(r, False)},
             "points": [[round(t.confidence, 5), t.quality, t.correct, t.id] for t in r.judged[::step] if t.quality is not None], "points_step": step,
         }  # fmt: skip
         rows.append(row)
     data = {"title": title, "notes": list(notes), "results": rows, "comparison": comparison, "traces": list(shown), "traces_left": dict(left or {})}
     return finite(data)
+
+
+def series(results: Sequence[FRSResult]) -> list[str]:
+    """For each result the name under which it stands beside others: its label, and its judge where several judges share the label."""
+    judges = {label: {r.judge["name"] for r in results if r.label == label} for label in {r.label for r in results}}
+    return [r.label if len(judges[r.label]) == 1 else f"{r.label} by {r.judge['name'].removesuffix(' (blind)')}" for r in results]
 
 
 def is_kept(result: FRSResult, trace: Any) -> bool:
@@ -192,8 +198,9 @@ def page(data: dict[str, Any]) -> str:
 def markdown(results: Sequence[FRSResult], notes: Sequence[str] = (), title: str = "Filtered Reasoning Score") -> str:
     """The tables, for a repository or a chat. Scorers that are no language model get a table of their own."""
     lines = [f"# {_cell(title)}", "", *(f"- {_line(n)}" for n in notes), *([""] if notes else [])]
-    for label in dict.fromkeys(r.label for r in results):
-        rows = [r for r in results if r.label == label]
+    names = series(results)
+    for label in dict.fromkeys(names):
+        rows = [r for r, name in zip(results, names, strict=True) if name == label]
         kept = f"{_cell(label)}, K = {100 * rows[0].k:g} %"
         head = ("model", "benchmark", kept, "unfiltered", "one trace a problem", "right among the kept, %", "pass@1, %", "ECE", "traces", "judged")
         lines += [f"## {_cell(label)}", "", f"| {' | '.join(head)} |", f"|{'---|' * 2}{'---:|' * (len(head) - 2)}"]

@@ -292,8 +292,9 @@ def cost_table(rows: Sequence[dict[str, Any]]) -> Any:
         + ("; no price is known: give --usd-per-mtok INPUT,OUTPUT" if total is None else f"; about {total:.4g} USD")
     ))  # fmt: skip
     for name in ("judge", "model", "benchmark", "traces", "calls", "judged before", "prompt tokens", "reply tokens", "USD"):
-        table.add_column(name, justify="left" if name in ("judge", "model", "benchmark") else "right")
+        words = name in ("judge", "model", "benchmark")
+        table.add_column(name, justify="left" if words else "right", no_wrap=name in ("calls", "USD"), overflow="fold")
     for r in rows:
         numbers = [str(r[n]) for n in ("traces", "calls", "judged_before", "prompt_tokens", "completion_tokens")]
-        table.add_row(r["judge"], r["model"], r["benchmark"], *numbers, "-" if r["usd"] is None else f"{r['usd']:.4g}")
+        table.add_row(r["judge"], r["model"], r["benchmark"], *numbers, "-" if r["usd"] is None else f"{r['usd']:.3g}")
     return table

@@ -221,6 +221,17 @@ def test_markdown_has_the_numbers_and_keeps_baselines_apart():
     assert len(widths) == 1
 
 
+def test_two_judges_of_one_label_stand_apart():
+    results, _ = made()
+    others = [replace(r, judge={**r.judge, "name": "second"}) for r in results[:4]]
+    rows = page_data([*results, *others])["results"]
+    names = [row["series"] for row in rows]
+    assert names == ["FRS by function"] * 4 + ["baseline: rules, no FRS"] + ["FRS by second"] * 4
+    text = markdown([*results, *others])
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## FRS by function", "## baseline: rules, no FRS", "## FRS by second"]
+    assert {row["series"] for row in page_data(results)["results"]} == {"FRS", "baseline: rules, no FRS"}  # one judge needs no name
+
+
 # ---------------------------------------------------------------- the page of a training run
 
 

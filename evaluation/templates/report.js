@@ -2,11 +2,11 @@
 // Texts of traces reach the page through textContent and attributes of fixed names only: nothing in them is ever parsed as HTML.
 const D = JSON.parse(document.getElementById("data").textContent);
 const R = D.results, T = D.traces;
-const models = [...new Set(R.map(r => r.model))], benchmarks = [...new Set(R.map(r => r.benchmark))], labels = [...new Set(R.map(r => r.label))];
+const models = [...new Set(R.map(r => r.model))], benchmarks = [...new Set(R.map(r => r.benchmark))], labels = [...new Set(R.map(r => r.series))];
 const hue = model => `var(--s${models.indexOf(model) % 8})`;
 const PILLARS = ["faithfulness", "utility", "coherence", "factuality"];
 const ok = x => x !== null && x !== undefined;
-const axis = label => R.some(r => r.label === label && r.is_frs) ? label : "quality (no FRS)";
+const axis = label => R.some(r => r.series === label && r.is_frs) ? label : "quality (no FRS)";
 const num = (x, d = 1) => ok(x) ? x.toFixed(d) : "–";
 const pct = (x, d = 1) => ok(x) ? (100 * x).toFixed(d) : "–";
 const range = (m, f = 1) => ok(m) && ok(m.low) && ok(m.high) ? `${num(f * m.low)} – ${num(f * m.high)}` : "";
@@ -74,13 +74,13 @@ function table(columns, rows, start, up) {
 const dot = model => el("span", {style: {color: hue(model)}, "aria-hidden": "true"}, "● ");
 
 function leaderboard(label) {
-  const mine = R.filter(r => r.label === label), own = [...new Set(mine.map(r => r.model))], sets = [...new Set(mine.map(r => r.benchmark))];
+  const mine = R.filter(r => r.series === label), own = [...new Set(mine.map(r => r.model))], sets = [...new Set(mine.map(r => r.benchmark))];
   const at = (model, set) => mine.find(r => r.model === model && r.benchmark === set);
   const mean = model => {
     const values = sets.map(s => at(model, s)).map(r => r && r.frs.value);
     return values.every(ok) ? values.reduce((a, b) => a + b, 0) / values.length : null;
   };
-  const meanRange = model => D.comparison && D.comparison.label === label ? ((D.comparison.leaderboard || []).find(r => r.model === model) || {}).mean : null;
+  const meanRange = model => D.comparison && label === labels[0] ? ((D.comparison.leaderboard || []).find(r => r.model === model) || {}).mean : null;
   const cell = r => !r ? "–" : [el("b", {}, num(r.frs.value)), el("span", {class: "small dim"}, range(r.frs)), el("span", {class: "small dim"}, `pass@1 ${pct(r.pass_at_1.value)}`)];
   const columns = [{name: "model", left: true, get: m => m, show: m => [dot(m), m]}];
   if (sets.length > 1) columns.push({name: "mean", get: mean, show: m => [el("b", {}, num(mean(m))), el("span", {class: "small dim"}, range(meanRange(m)))], tip: "unweighted mean over the benchmarks; – where one is missing"});
@@ -96,7 +96,7 @@ function details() {
   const m = (name, key, f = 1) => ({name, get: r => r[key] && r[key].value, show: r => r[key] && ok(r[key].value) ? [num(f * r[key].value), el("span", {class: "small dim"}, range(r[key], f))] : "–"});
   return section(title("All figures", "Accuracies are of the same traces. Click a heading to sort."), table([
     {name: "model", left: true, get: r => r.model, show: r => [dot(r.model), r.model]}, {name: "benchmark", left: true, get: r => r.benchmark, show: r => r.benchmark},
-    {name: "score", left: true, get: r => r.label, show: r => r.label}, {name: "K", get: r => r.k, show: r => `${num(100 * r.k, 0)} %`},
+    {name: "score", left: true, get: r => r.series, show: r => r.series}, {name: "K", get: r => r.k, show: r => `${num(100 * r.k, 0)} %`},
     m("kept set", "frs"), m("unfiltered", "unfiltered"), m("one trace a problem", "single_trace"), m("gain of the most confident", "gain"),
     {name: "right among kept, %", get: r => (r.top_accuracy || {})[String(r.k)], show: r => pct((r.top_accuracy || {})[String(r.k)])},
     m("pass@1, %", "pass_at_1", 100), m("mean@k, %", "mean_at_k", 100), {name: "ECE", get: r => r.ece, show: r => num(r.ece, 3)},
@@ -154,7 +154,7 @@ function legend(names, sets) {
 }
 
 function scatter(label) {
-  const mine = R.filter(r => r.label === label && ok(r.frs.value) && ok(r.pass_at_1.value));
+  const mine = R.filter(r => r.series === label && ok(r.frs.value) && ok(r.pass_at_1.value));
   if (!mine.length) return section(title("Accuracy against quality"), el("p", {class: "dim"}, "No trace has been graded, so there is no accuracy to show."));
   const box = chart((w, h) => {
     const xs = span(mine.flatMap(r => [r.pass_at_1.low, r.pass_at_1.value, r.pass_at_1.high]).map(v => ok(v) ? 100 * v : null));
@@ -172,7 +172,7 @@ function scatter(label) {
 }
 
 function curves(label) {
-  const mine = R.filter(r => r.label === label), sets = [...new Set(mine.map(r => r.benchmark))];
+  const mine = R.filter(r => r.series === label), sets = [...new Set(mine.map(r => r.benchmark))];
   let set = sets[0], dashed = true;
   const box = chart((w, h) => {
     const rows = mine.filter(r => r.benchmark === set);
@@ -221,7 +221,7 @@ function cloud() {
     said.textContent = `${r.points.length} judged traces${r.points_step > 1 ? `, every ${r.points_step}th of ${r.judged_n}` : ""}. Black: means of ${n || "no"} equal groups with 95 % intervals. Heights are spread a little so that equal ones do not hide each other.`;
     return g;
   });
-  const pick = choice("result", mine.map((m, i) => [String(i), `${m.model} · ${m.benchmark}${labels.length > 1 ? ` · ${m.label}` : ""}`]), v => { r = mine[+v]; box.again(); }, "0");
+  const pick = choice("result", mine.map((m, i) => [String(i), `${m.model} · ${m.benchmark}${labels.length > 1 ? ` · ${m.series}` : ""}`]), v => { r = mine[+v]; box.again(); }, "0");
   const icon = (shape, c, text) => el("span", {}, svg("svg", {viewBox: "0 0 14 14"}, mark(shape, 7, 7, 4, {fill: c, stroke: c})), text);
   return section(title("Confidence against quality"), el("div", {class: "controls"}, mine.length > 1 && pick.node), box,
     el("div", {class: "legend"}, icon("circle", "var(--s0)", "right"), icon("cross", "var(--s1)", "wrong"), icon("circle", "var(--dim)", "not graded")), said);
@@ -229,7 +229,7 @@ function cloud() {
 const threshold = r => ok((r.settings || {}).threshold) ? r.settings.threshold : 1;
 
 function dimensions(label) {
-  const mine = R.filter(r => r.label === label && r.pillars.all.n), sets = [...new Set(mine.map(r => r.benchmark))];
+  const mine = R.filter(r => r.series === label && r.pillars.all.n), sets = [...new Set(mine.map(r => r.benchmark))];
   if (!mine.length) return null;
   let set = sets[0];
   const box = chart((w, h) => {

@@ -14,7 +14,7 @@ function matching() {
   const words = state.text.toLowerCase().split(/\s+/).filter(Boolean), key = SORTS[state.sort][1];
   const good = T.filter(t => {
     const r = R[t.r], q = t.quality;
-    return (!state.model || r.model === state.model) && (!state.benchmark || r.benchmark === state.benchmark) && (!state.label || r.label === state.label)
+    return (!state.model || r.model === state.model) && (!state.benchmark || r.benchmark === state.benchmark) && (!state.label || r.series === state.label)
       && (!state.verdict || verdictOf(t) === state.verdict) && (!state.set || (state.set === "kept") === t.kept)
       && (!state.quality || (state.quality === "failed" ? !ok(q) : ok(q) && (state.quality === "high" ? q >= .75 : state.quality === "low" ? q < .5 : q >= .5 && q < .75)))
       && words.every(w => t.hay.includes(w));
@@ -47,7 +47,7 @@ function tokenSpans(t) {
 }
 function judged(t, r) {
   return [
-    el("h3", {}, ok(t.quality) ? `Judge (${r.label}): ${num(100 * t.quality)} of 100` : `Judge (${r.label}): no score`),
+    el("h3", {}, ok(t.quality) ? `Judge (${r.series}): ${num(100 * t.quality)} of 100` : `Judge (${r.series}): no score`),
     t.scores ? el("div", {class: "pillars"}, PILLARS.map(p => [el("span", {}, p), el("b", {}, t.scores[p]), el("span", {class: "bar"}, el("i", {style: {width: `${(t.scores[p] - 1) * 25}%`}}))])) : "",
     ...(t.failure ? [el("p", {class: "wrong"}, t.failure)] : []), ...(t.reasons ? [el("div", {class: "text"}, t.reasons)] : t.scores ? [el("p", {class: "dim small"}, "The judge gave no reasons.")] : []),
   ];
