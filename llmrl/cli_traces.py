@@ -126,6 +126,7 @@ def score(
     judge_format: Annotated[str | None, typer.Option(help="frs: json_schema (default), json_object or none: how the endpoint is told the reply's form")] = None,
     judge_cache: Annotated[str | None, typer.Option(help='frs: folder of replies, shared by runs; "" keeps none; default ~/.cache/llmrl/judge')] = None,
     judge_calls: Annotated[int | None, typer.Option("--concurrency", min=1, help="frs: calls in flight; default 16")] = None,
+    judge_timeout: Annotated[float | None, typer.Option(min=1, help="frs: seconds for a judgement, retries and waiting included; default 120")] = None,
     blind: Annotated[bool, typer.Option("--blind", help="frs: the judge sees neither gold answer nor verdict")] = False,
     both: Annotated[bool, typer.Option("--both", help="frs: the paper's judge and the blind one, side by side")] = False,
     reasons: Annotated[bool, typer.Option("--reasons", help="frs: the judge also writes why; its numbers then are of another contract")] = False,
@@ -167,6 +168,7 @@ def score(
 
     asked = {
         "urls": judge_url, "models": judge_model, "key_env": judge_key_env, "structured": judge_format, "cache": judge_cache, "concurrency": judge_calls,
+        "timeout_s": judge_timeout,
         "blind": blind, "both": both, "reasons": reasons, "baseline": baseline, "confidence": confidence, "tail": tail, "strict": strict,
         "sampled": sampled_logprobs, "special_ids": special_id, "per_problem": per_problem, "subsample": subsample, "top_half": top_half,
         "selection": selection, "over": over,

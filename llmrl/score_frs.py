@@ -53,6 +53,7 @@ class Ask:
     human: Path | None = None
     cache: str = "~/.cache/llmrl/judge"
     concurrency: int = 16
+    timeout_s: float = 120.0
     read: dict[str, Any] = field(default_factory=choices)
     """What was said about the files: keywords of read_any."""
     score_with: tuple[str, ...] = ()
@@ -207,7 +208,7 @@ def make_judges(ask: Ask) -> list[Any]:
             judges.append(part("dimensions:EndpointJudge")(
                 model=model, base_url=ask.urls[i if len(ask.urls) > 1 else 0], blind=blind, reasons=ask.reasons, api_key_env=ask.key_env,
                 structured=ask.structured, cache=Path(ask.cache).expanduser() if ask.cache else None, usd_per_mtok=ask.usd_per_mtok,
-                max_calls=ask.max_calls, max_usd=ask.max_usd, max_concurrent=ask.concurrency,
+                max_calls=ask.max_calls, max_usd=ask.max_usd, max_concurrent=ask.concurrency, timeout_s=ask.timeout_s,
             ))  # fmt: skip
     for judge in judges:
         judge.check()
