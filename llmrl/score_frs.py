@@ -89,7 +89,10 @@ def part(ref: str) -> Any:
 
 
 class Source:
-    """The traces of one file, as often as they are gone through; graded by the verifier where there is one."""
+    """The traces of one file, as often as they are gone through; graded by the verifier where there is one.
+
+    bad: rows that are no traces, {where, reason}, known after a reading.
+    """
 
     def __init__(self, argument: str, ask: Ask, scorer: str | None = None) -> None:
         label, equals, path = argument.partition("=")
@@ -97,7 +100,8 @@ class Source:
         self.path = Path(path if named else argument)
         model, _, benchmark = label.partition("@") if named else ("", "", "")
         self.model, self.benchmark = model or None, benchmark or None
-        self.ask, self.scorer, self.dropped = ask, scorer, 0
+        self.ask, self.scorer = ask, scorer
+        self.bad: list[dict[str, str]] = []
         if not self.path.exists():
             raise InputError(f"{self.path}: no such file")
 
@@ -107,7 +111,7 @@ class Source:
             return
         report = part("importers:ImportReport")(str(self.path))
         yield from part("importers:read_any")(self.path, report=report, **self.ask.read)
-        self.dropped = len(report.bad)
+        self.bad = report.to_json()["bad"]
 
     def filled(self) -> Path:
         """The traces with the log-probs that `scorer` gives their texts: made once, kept in --out under what they were made from."""
@@ -119,7 +123,7 @@ class Source:
         if not report.exists():
             made = import_files([self.path], path, score_with=self.scorer, dtype=self.ask.dtype, quiet=True, **self.ask.read)
             report.write_text(json.dumps(made) + "\n", encoding="utf-8")
-        self.dropped = len(json.loads(report.read_text(encoding="utf-8"))["files"][0]["bad"])
+        self.bad = json.loads(report.read_text(encoding="utf-8"))["files"][0]["bad"]
         return path
 
     def first(self) -> Iterator[Any]:
@@ -272,7 +276,7 @@ def compare_judges(results: Sequence[Any], human: dict[str, Any]) -> None:
 
 
 def _notes(results: Sequence[Any], sources: Sequence[Source], options: Any) -> list[str]:
-    notes = [f"{s.path}: {s.dropped} rows are no traces and were left out" for s in sources if s.dropped]
+    notes = [f"{s.path}: {len(s.bad)} rows are no traces and were left out; the first is {s.bad[0]['where']}: {s.bad[0]['reason']}" for s in sources if s.bad]
     short = [r for r in results if any(n for why, n in r.dropped.items() if why.startswith("not asked"))]
     if short:
         notes.append(f"the budget ended the judging of {len(short)} of {len(results)} results early: what was judged is a random part of each stratum")
