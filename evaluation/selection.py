@@ -19,9 +19,10 @@ from llmrl.evaluation.pool import Pool, pearson
 
 
 def most_confident(pool: Pool) -> np.ndarray:
-    """[Q] index of each problem's first trace in the pool's order; problems without a trace in the pool are not there."""
+    """[Q] index of the first trace in the pool's order of each problem that has at least two in the pool: else there is nothing to choose."""
     order = pool.order()
-    return order[np.sort(np.unique(pool.problem_N[order], return_index=True)[1])]
+    first, n = np.unique(pool.problem_N[order], return_index=True, return_counts=True)[1:]
+    return order[np.sort(first[n > 1])]
 
 
 def drawn_pairs(pool: Pool, n: int, *name: object) -> np.ndarray:
@@ -36,21 +37,20 @@ def drawn_pairs(pool: Pool, n: int, *name: object) -> np.ndarray:
 def selection_gain(pool: Pool, value_N: np.ndarray, asked_N: np.ndarray, pairs: np.ndarray, *, resamples: int, seed: int) -> Measured:
     """Points. value_N: R, NaN = no judgement; asked_N: whether the judge was asked. Problems are resampled.
 
-    Over all problems where the whole pool was asked for, else over `pairs` (rows as `drawn_pairs` gives them) where all of those were.
+    Over all problems with two traces or more where the whole pool was asked for, else over `pairs` (rows as `drawn_pairs` gives them) where all of those were.
     """
-    problems = len(np.unique(pool.problem_N))
+    top = most_confident(pool)
     if asked_N.all():
         known = ~np.isnan(value_N)
         n = np.bincount(pool.problem_N[known], minlength=len(pool.problems))
         sums = np.bincount(pool.problem_N[known], weights=value_N[known], minlength=len(pool.problems))
-        top = most_confident(pool)
-        top = top[n[pool.problem_N[top]] > 0]
-        gains = value_N[top] - sums[pool.problem_N[top]] / n[pool.problem_N[top]]
+        some = top[n[pool.problem_N[top]] > 0]
+        gains = value_N[some] - sums[pool.problem_N[some]] / n[pool.problem_N[some]]
     elif len(pairs) and asked_N[pairs].all():
         gains = value_N[pairs[:, 0]] - value_N[pairs[:, 1]]
     else:
-        return Measured(None, None, None, of=problems)
-    return estimate([Values(gains[~np.isnan(gains)], problems)], resamples=resamples, seed=seed, scale=100.0)
+        return Measured(None, None, None, of=len(top))
+    return estimate([Values(gains[~np.isnan(gains)], len(top))], resamples=resamples, seed=seed, scale=100.0)
 
 
 def foretold(gains: Sequence[float | None], predictors: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
