@@ -3,7 +3,7 @@
     python scripts/frs_on_labels.py TRACES.jsonl.gz ... --out scores.jsonl [--model smollm2] [--per-source 60] [--seconds 420]
     python scripts/frs_on_labels.py --out scores.jsonl --table [--json table.json]
 
-Rows are those of shared/data/traces: {id, source, problem, steps, first_error_step (-1 none, null unlabelled), final_answer_correct}.
+Rows: {id, source, problem, steps, first_error_step (-1 none, null unlabelled), final_answer_correct}.
 The model reads problem and steps teacher-forced (`engine.score`: raw softmax, temperature 1). It is not the model that wrote them, so this
 tests the confidence measures as detectors of errors, not a model's knowledge of its own. Scores are appended, a line a trace: a second
 call goes on. Sources take turns, and within each the two labels, in a fixed random order: a stop by --seconds leaves all about even (an
