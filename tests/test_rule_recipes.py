@@ -24,7 +24,7 @@ SMALL += ["rollout.prompts=6", "rollout.group=4", "batch.tokens=900", "scoring.w
 
 def test_the_study_compares_them_all():
     arms = set(tomllib.loads((FOLDER / "study.toml").read_text())["arms"])
-    assert arms == {p.stem for p in RECIPES}
+    assert arms == {p.stem for p in RECIPES} - {"urpo"}  # whose rows are of three kinds
 
 
 @pytest.mark.filterwarnings("ignore:canon")
