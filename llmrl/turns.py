@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmrl.environment import Action, EnvironmentFailed, Host, Make, Step
+from llmrl.environment import Action, EnvironmentFailed, Host, Make, Step, ask_expert
 from llmrl.records import Completion, Finish, Group, Message, Prompt, Request, Sample, Sampling, Verdict
 from llmrl.rollout import RolloutIO
 
@@ -38,8 +38,8 @@ class Episode:
     """the turn of each token that counts"""
     steps: list[Step] = field(default_factory=list)
     """what the environment answered to each turn"""
-    forced: bool = False
-    """some turn was not the policy's own"""
+    forced: list[int] = field(default_factory=list)
+    """turns that were not the policy's own"""
     version: int | None = None
     """of the oldest weights that wrote a turn"""
     finish: Finish = "stop"
@@ -49,7 +49,7 @@ class Episode:
 
     @property
     def turn(self) -> int:
-        """Number of the turn that comes next, from 0."""
+        """Of the turn that comes next, from 0."""
         return len(self.steps)
 
     @property
@@ -61,6 +61,10 @@ class Episode:
     def reply(self) -> str:
         """The policy's last text."""
         return next((m["content"] for m in reversed(self.messages) if m["role"] == "assistant"), "")
+
+    async def expert(self) -> str:
+        """What the environment's own teacher would do now."""
+        return await self.host.call("expert", lambda: ask_expert(self.environment))
 
     def wrote(self, c: Completion) -> None:
         self.turn_T += [self.turn] * len(c.token_ids)
@@ -143,13 +147,11 @@ class Episodes:
         await asyncio.gather(*(self._take(e, c or next(made), io) for e, c in zip(live, forced, strict=True) if c is not None or not e.ended))
 
     def _sampled(self, asked: Sequence[Episode], io: RolloutIO) -> list[Completion]:
-        hows = [self._how(e, io) for e in asked]
-        done: list[Completion | None] = [None] * len(asked)
+        hows, done = [self._how(e, io) for e in asked], dict[int, Completion]()
         for how in dict.fromkeys(hows):  # episodes that have little room left ask for fewer tokens
             mine = [k for k, h in enumerate(hows) if h == how]
-            for k, c in zip(mine, io.sample([asked[k].ids for k in mine], [_key(asked[k]) for k in mine], how), strict=True):
-                done[k] = c
-        return done  # type: ignore[return-value]
+            done |= zip(mine, io.sample([asked[k].ids for k in mine], [_key(asked[k]) for k in mine], how), strict=True)
+        return [done[k] for k in range(len(asked))]
 
     async def _alone(self, e: Episode, io: RolloutIO, before: Before | None) -> None:
         while not e.ended:
@@ -173,11 +175,11 @@ class Episodes:
         try:
             text = await before(e)
         except EnvironmentFailed as failed:
-            _fail(e, failed)
-            return None
+            text = _fail(e, failed)
         if text is None:
             return None
-        e.forced, ids = True, io.chat.completion_ids(text)
+        e.forced.append(e.turn)
+        ids = io.chat.completion_ids(text)
         return Completion(ids, [NAN] * len(ids), "stop", io.version, text)
 
     async def _take(self, e: Episode, c: Completion, io: RolloutIO) -> None:
@@ -231,7 +233,7 @@ def _sample(e: Episode, io: RolloutIO, mask_truncated: bool) -> Sample:
     """The episode as one sample. Unjudged: reward None and weight 0."""
     if not e.token_ids:  # the environment failed before the first turn: something must stand there, and it counts for nothing
         e.wrote(Completion([io.chat.tokenizer.eos_token_id], [NAN], "stop", io.version, ""))
-        e.forced = True
+        e.forced = [0]
     own = max(k for k, on in enumerate(e.mask) if on) + 1  # what was read and not answered is left out
     verdict = e.verdict
     reward = None if verdict is None or verdict.score is None else verdict.score + sum(s.reward for s in e.steps)
@@ -244,6 +246,8 @@ def _sample(e: Episode, io: RolloutIO, mask_truncated: bool) -> Sample:
     )  # fmt: skip
     names = sorted({name for s in e.steps for name in s.numbers})
     columns = {"turn_reward": [s.reward for s in e.steps], **{name: [s.numbers.get(name, NAN) for s in e.steps] for name in names}}
+    if e.forced:
+        columns["forced"] = [float(k in e.forced) for k in range(len(e.steps))]
     columns["turn"] = [float(k) for k in range(len(e.steps))]
     for name, values in columns.items():  # a turn that the environment failed on has none
         sample.streams[name] = sample.spread([values[t] if t < len(values) else NAN for t in e.turn_T])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -79,3 +80,15 @@ def test_on_disk_in_an_import_and_on_the_page(tmp_path):
     (sample,) = [s for s in shown["traces"] if s["id"] == "a/0"]
     assert "".join(sample["tokens"]) == "cdeeb" and sample["p"][3:5] == [1.0, 1.0] and sample["low"] == [6]
     assert sample["length"] == 5 and sample["confidence"] == pytest.approx(math.exp(-5), rel=1e-2)
+
+
+def test_subgroups_of_a_prompt_are_cohorts():
+    """papers/agents.md section 1: the key is (prompt, guided or free). Pooled, the advantages would be +-.935413 by reward alone."""
+    rewards = {"guided": [1.0, 1.0, 0.0, 1.0], "free": [0.0, 0.0, 1.0, 0.0]}
+    samples = [plain(f"a/{kind}/{i}", r) for kind, own in rewards.items() for i, r in enumerate(own)]
+    view = view_of([replace(s, cohort=s.id.rpartition("/")[0]) for s in samples], RANK, 8)
+    mean, scaled = c.Credit((c.center(),)), c.Credit((c.center(), c.scale(eps=1e-6, ddof=1)))
+    first = [x.update(v, x.init())[0][::2].tolist() for x, v in ((mean, view), (scaled, view), (scaled, view_of(samples, RANK, 8)))]
+    assert first[0] == [0.25, 0.25, -0.75, 0.25, -0.25, -0.25, 0.75, -0.25]
+    assert first[1] == pytest.approx([0.499999, 0.499999, -1.499997, 0.499999, -0.499999, -0.499999, 1.499997, -0.499999], abs=1e-6)
+    assert [abs(x) for x in first[2]] == pytest.approx([0.935413] * 8, abs=1e-6)

@@ -40,8 +40,8 @@ KEYS: dict[str, list[dict[str, object]]] = {
     "hbpo": [{"prefix": "({budget})", "budgets": [0.25, 0.5]}],
 }
 """What the tiny model needs, or what makes a rule show all it has; other rules run with their defaults."""
-NEEDS_FILES = {"vgf"}
-"""Tried below, with the reward model that they are given."""
+NEEDS_FILES = {"dagger", "sotopia", "vgf"}
+"""vgf is tried below, with the reward model that it is given; dagger in an environment and sotopia with attributions: see their own tests."""
 RULES = sorted(set(plugins.available("llmrl.rules")) - NEEDS_FILES)
 
 

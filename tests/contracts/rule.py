@@ -109,7 +109,10 @@ class Trial:
     def collect(self, rule: Rule, prompts: Sequence[Prompt], step: int = 1, *, of: Sequence[Prompt] = ()) -> list[Group]:
         """The rule's rollouts with the weights as they are. of: the prompts of all ranks, where `prompts` are those of one."""
         s = self.session
-        io = RolloutIO(s.engine, s.scorer, s.policy.chat, Memory(), s.sampling, s.recipe.rollout.group, (s.recipe.seed, step), steps=8, step_prompts=of)
+        io = RolloutIO(
+            s.engine, s.scorer, s.policy.chat, Memory(), s.sampling, s.recipe.rollout.group, (s.recipe.seed, step), steps=8, step_prompts=of,
+            environment=s.environment,
+        )  # fmt: skip
         return asyncio.run(rule.collect(prompts, io))  # type: ignore[arg-type]
 
 
@@ -166,7 +169,8 @@ def samples_do_not_know_their_rank(trial: Trial, make: Callable[[], Rule]) -> No
     for a, b in zip(whole, parts, strict=True):
         for s, other in zip(a.samples, b.samples, strict=True):
             for name, values in s.streams.items():  # scores come from matrix products of another shape
-                assert_close(torch.tensor(other.streams[name]), torch.tensor(values), atol=1e-4, rtol=1e-4, msg=f"stream {name} of {s.id} depends on the rank")
+                told_of = f"stream {name} of {s.id} depends on the rank"
+                assert_close(torch.tensor(other.streams[name]), torch.tensor(values), atol=1e-4, rtol=1e-4, equal_nan=True, msg=told_of)
 
 
 def two_steps_and_resume(trial: Trial, make: Callable[[], Rule]) -> None:
@@ -243,22 +247,23 @@ def lockstep(jobs: Sequence[Callable[[Any], Any]]) -> list[Any]:
 def _numbers(sample: Sample, rule: Rule) -> tuple[Tensor, Tensor]:
     """Made-up (logp, entropy) of a sample's tokens, fp64; old and reference log-probs near them go into its streams."""
     draw = philox(("contract", sample.id))
-    n = len(sample.token_ids)
+    n = sample.length
     old = -draw.random(n) * 2 - 0.05
-    sample.streams["old_logp"] = old.tolist()
+    sample.streams["old_logp"] = sample.spread(old.tolist())
     if rule.needs.ref_logp:
-        sample.streams["ref_logp"] = (old + 0.2 * draw.standard_normal(n)).tolist()
+        sample.streams["ref_logp"] = sample.spread((old + 0.2 * draw.standard_normal(n)).tolist())
     if rule.needs.old_entropy:
-        sample.streams["old_entropy"] = (draw.random(n) * 2).tolist()
+        sample.streams["old_entropy"] = sample.spread((draw.random(n) * 2).tolist())
     if rule.needs.hidden:
-        sample.streams |= numbers_of(rule.needs.hidden, torch.tensor(draw.standard_normal((n, 8)) + 1.0, dtype=torch.float32))
+        made = numbers_of(rule.needs.hidden, torch.tensor(draw.standard_normal((n, 8)) + 1.0, dtype=torch.float32))
+        sample.streams |= {name: sample.spread(values) for name, values in made.items()}
     return torch.tensor(old + 0.1 * draw.standard_normal(n)), torch.tensor(draw.random(n))
 
 
 def _interrupted(sample: Sample) -> Sample:
     """The sample with three tokens that do not count (Sample.mask) put into its middle, as an environment's reply."""
     at = len(sample.token_ids) // 2
-    if not at:
+    if not at or sample.mask is not None:
         return sample
     mask = [True] * at + [False] * 3 + [True] * (len(sample.token_ids) - at)
     blank = replace(sample, token_ids=[0] * len(mask), behavior_logp=None, mask=mask)  # only for its spread()
