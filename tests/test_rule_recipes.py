@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmrl.check import check_recipe
 from llmrl.config import check_plugins, load_recipe
 from llmrl.console import Console
 from llmrl.train import train
@@ -33,6 +34,8 @@ def test_it_runs_and_resumes_to_the_same_bytes(path, tmp_path):
     """Three steps at once, and the third again from the checkpoint of the second: prompts come a second time in it, so memories are read."""
     torch.set_num_threads(1)
     check_plugins(load_recipe(path))
+    findings = list(check_recipe(load_recipe(path, [*SMALL, f"run.dir={tmp_path / 'never'}"])))
+    assert [f for f in findings if not f.ok] == [] and len(findings) >= 8
     run, again = tmp_path / "run", tmp_path / "again"
     summary = train(load_recipe(path, [*SMALL, f"run.dir={run}"]), console=Console(quiet=True))
     assert summary["steps"] == 3 and summary["tokens"] > 0
