@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmrl.environment import Action, Make, Step
+from llmrl.episode import Episode
 from llmrl.records import Sample
 from llmrl.rollout import RolloutIO
-from llmrl.turns import Episode
 
 
 @dataclass(frozen=True)

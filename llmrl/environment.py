@@ -16,6 +16,8 @@ from typing import Any, Protocol, TypeVar
 from llmrl.records import Finish, Message, Prompt
 
 T = TypeVar("T")
+RESERVED = frozenset(("turn", "turn_reward", "forced", "behavior_logp", "old_logp", "ref_logp", "old_entropy"))
+"""Streams that are made elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Step:
     def __post_init__(self) -> None:
         if self.score is not None and (not self.done or not 0.0 <= self.score <= 1.0):
             raise ValueError(f"Step.score is {self.score} with done={self.done}; a score is in [0, 1] and comes with the last step")
+        if taken := RESERVED & self.numbers.keys():
+            raise ValueError(f"Step.numbers has {', '.join(sorted(taken))}: streams of that name are there already; name it otherwise")
         if not math.isfinite(self.reward):
             raise ValueError(f"Step.reward is {self.reward}; it must be finite")
         if not self.done and not self.messages:

@@ -8,80 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from llmrl.environment import Action, EnvironmentFailed, Host, Make, Step, ask_expert
-from llmrl.records import Completion, Finish, Group, Message, Prompt, Request, Sample, Sampling, Verdict
-from llmrl.rollout import RolloutIO
-
-NAN = float("nan")
-
-
-@dataclass
-class Episode:
-    """One conversation under way."""
-
-    prompt: Prompt
-    i: int
-    sampling: Sampling
-    host: Host
-    environment: Any
-    tools: Sequence[dict[str, Any]] = ()
-    messages: list[Message] = field(default_factory=list)
-    """The conversation so far, for people and teachers; the policy reads the ids."""
-    context_ids: list[int] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    mask: list[bool] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    turn_T: list[int] = field(default_factory=list)
-    """the turn of each token that counts"""
-    steps: list[Step] = field(default_factory=list)
-    """what the environment answered to each turn"""
-    forced: list[int] = field(default_factory=list)
-    """turns that were not the policy's own"""
-    version: int | None = None
-    """of the oldest weights that wrote a turn"""
-    finish: Finish = "stop"
-    ended: str = ""
-    """why; "" = it goes on"""
-    verdict: Verdict | None = None
-
-    @property
-    def turn(self) -> int:
-        """Of the turn that comes next, from 0."""
-        return len(self.steps)
-
-    @property
-    def ids(self) -> list[int]:
-        """What the policy has before it."""
-        return self.context_ids + self.token_ids
-
-    @property
-    def reply(self) -> str:
-        """The policy's last text."""
-        return next((m["content"] for m in reversed(self.messages) if m["role"] == "assistant"), "")
-
-    async def expert(self) -> str:
-        """What the environment's own teacher would do now."""
-        return await self.host.call("expert", lambda: ask_expert(self.environment))
-
-    def wrote(self, c: Completion) -> None:
-        self.turn_T += [self.turn] * len(c.token_ids)
-        self.token_ids += c.token_ids
-        self.mask += [True] * len(c.token_ids)
-        self.logps += c.logprobs
-        self.version = c.policy_version if self.version is None else min(self.version, c.policy_version)
-        self.messages.append({"role": "assistant", "content": c.text})
-
-    def read(self, ids: Sequence[int]) -> None:
-        self.token_ids += ids
-        self.mask += [False] * len(ids)
-        self.logps += [NAN] * len(ids)
-
-    def end(self, why: str, finish: Finish = "stop") -> None:
-        self.ended, self.finish = why, finish
-
+from llmrl.environment import Action, EnvironmentFailed, Host, Make
+from llmrl.episode import NAN, Episode, sample_of
+from llmrl.records import Completion, Group, Prompt, Request, Sampling, Verdict
+from llmrl.rollout import RolloutIO, timed
 
 Before = Callable[[Episode], Awaitable[str | None]]
 """Called before each turn: what is played instead of the policy's own turn, or None."""
@@ -118,14 +50,15 @@ class Episodes:
             try:
                 await asyncio.gather(*(self._open(e, io) for e in episodes))
                 if getattr(io.engine, "streams", False):
-                    await asyncio.gather(*(self._alone(e, io, before) for e in episodes))
+                    with timed(io.seconds, "generate"):  # and what the environments take: the two overlap
+                        await asyncio.gather(*(self._alone(e, io, before) for e in episodes))
                 else:
                     while live := [e for e in episodes if not e.ended]:
                         await self._round(live, io, before)
             finally:
                 await asyncio.gather(*(host.call("close", e.environment.close) for e in episodes), return_exceptions=True)
         await self._judge(episodes, io)
-        samples = iter([_sample(e, io, mask_truncated) for e in episodes])
+        samples = iter([sample_of(e, io, mask_truncated) for e in episodes])
         return [Group(p, [next(samples) for _ in range(n)]) for p, n in zip(prompts, sizes, strict=True)]
 
     # ------------------------------------------------------------ one turn
@@ -137,27 +70,28 @@ class Episodes:
             e.tools = tuple(getattr(e.environment, "tools", None) or ())
         except EnvironmentFailed as failed:
             e.messages = list(e.prompt.messages)
-            _fail(e, failed)
+            e.fail(failed)
         e.context_ids = io.chat.prompt_ids(e.messages, tools=e.tools)
 
     async def _round(self, live: Sequence[Episode], io: RolloutIO, before: Before | None) -> None:
         forced = await asyncio.gather(*(self._forced(e, io, before) for e in live))
         asked = [e for e, c in zip(live, forced, strict=True) if c is None and not e.ended]
         made = iter(self._sampled(asked, io))
-        await asyncio.gather(*(self._take(e, c or next(made), io) for e, c in zip(live, forced, strict=True) if c is not None or not e.ended))
+        with timed(io.seconds, "environment"):
+            await asyncio.gather(*(self._take(e, c or next(made), io) for e, c in zip(live, forced, strict=True) if c is not None or not e.ended))
 
     def _sampled(self, asked: Sequence[Episode], io: RolloutIO) -> list[Completion]:
         hows, done = [self._how(e, io) for e in asked], dict[int, Completion]()
         for how in dict.fromkeys(hows):  # episodes that have little room left ask for fewer tokens
             mine = [k for k, h in enumerate(hows) if h == how]
-            done |= zip(mine, io.sample([asked[k].ids for k in mine], [_key(asked[k]) for k in mine], how), strict=True)
+            done |= zip(mine, io.sample([asked[k].ids for k in mine], [asked[k].key for k in mine], how), strict=True)
         return [done[k] for k in range(len(asked))]
 
     async def _alone(self, e: Episode, io: RolloutIO, before: Before | None) -> None:
         while not e.ended:
             c = await self._forced(e, io, before)
             if c is None and not e.ended:
-                (c,) = await io.engine.complete([Request(tuple(e.ids), (*io.seed, *_key(e)), self._how(e, io))])  # type: ignore[attr-defined]
+                (c,) = await io.engine.complete([Request(tuple(e.ids), (*io.seed, *e.key), self._how(e, io))])  # type: ignore[attr-defined]
                 io.generated += len(c.token_ids)
             if c is not None:
                 await self._take(e, c, io)
@@ -175,7 +109,8 @@ class Episodes:
         try:
             text = await before(e)
         except EnvironmentFailed as failed:
-            text = _fail(e, failed)
+            e.fail(failed)
+            return None
         if text is None:
             return None
         e.forced.append(e.turn)
@@ -188,7 +123,7 @@ class Episodes:
         try:
             step = await e.host.call(f"step {e.turn + 1}", lambda: e.environment.step(Action(c.text, c.finish)))
         except EnvironmentFailed as failed:
-            _fail(e, failed)
+            e.fail(failed)
             return
         e.steps.append(step)
         if step.done:
@@ -217,38 +152,3 @@ class Episodes:
         io.note("turns", sum(e.turn for e in episodes), n)
         io.note("episodes_cut", sum(e.finish == "length" for e in episodes), n)
         io.note("environment_failed", sum(e.ended == "failed" for e in episodes), 0)
-
-
-def _fail(e: Episode, failed: EnvironmentFailed) -> None:
-    e.verdict = Verdict(None, failed.status, detail=failed.detail)  # type: ignore[arg-type]
-    e.end("failed")
-
-
-def _key(e: Episode) -> tuple[int | str, ...]:
-    """Names the random stream of the turn; of the first one as the default collect does."""
-    return (e.prompt.visit_id, e.i, *((e.turn,) if e.turn else ()))
-
-
-def _sample(e: Episode, io: RolloutIO, mask_truncated: bool) -> Sample:
-    """The episode as one sample. Unjudged: reward None and weight 0."""
-    if not e.token_ids:  # the environment failed before the first turn: something must stand there, and it counts for nothing
-        e.wrote(Completion([io.chat.tokenizer.eos_token_id], [NAN], "stop", io.version, ""))
-        e.forced = [0]
-    own = max(k for k, on in enumerate(e.mask) if on) + 1  # what was read and not answered is left out
-    verdict = e.verdict
-    reward = None if verdict is None or verdict.score is None else verdict.score + sum(s.reward for s in e.steps)
-    on = reward is not None and not (mask_truncated and e.finish == "length")
-    sample = Sample(
-        id=f"{e.prompt.visit_id}/{e.i}", prompt_id=e.prompt.id, cohort=e.prompt.visit_id, context_ids=e.context_ids, token_ids=e.token_ids[:own],
-        behavior_logp=None if e.forced else e.logps[:own], policy_version=io.version if e.version is None else e.version,
-        text=io.chat.text(e.token_ids[:own]), finish=e.finish, verdict=verdict, reward=reward, weights={"policy": 1.0 if on else 0.0},
-        mask=None if all(e.mask[:own]) else e.mask[:own],
-    )  # fmt: skip
-    names = sorted({name for s in e.steps for name in s.numbers})
-    columns = {"turn_reward": [s.reward for s in e.steps], **{name: [s.numbers.get(name, NAN) for s in e.steps] for name in names}}
-    if e.forced:
-        columns["forced"] = [float(k in e.forced) for k in range(len(e.steps))]
-    columns["turn"] = [float(k) for k in range(len(e.steps))]
-    for name, values in columns.items():  # a turn that the environment failed on has none
-        sample.streams[name] = sample.spread([values[t] if t < len(values) else NAN for t in e.turn_T])
-    return sample

@@ -323,7 +323,7 @@ def test_a_run_with_too_many_failures_stops():
     ("step", "says"),
     [
         ({"score": 1.0}, "comes with the last step"), ({"done": True, "score": 3.0}, "a score is in"),
-        ({"done": True, "reward": math.nan}, "finite"), ({}, "must have messages"),
+        ({"done": True, "reward": math.nan}, "finite"), ({}, "must have messages"), ({"done": True, "numbers": {"old_logp": 1.0}}, "has old_logp"),
     ],
 )
 def test_steps_that_cannot_be(step, says):

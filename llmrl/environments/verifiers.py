@@ -21,7 +21,8 @@ def verifiers(*, env: str, args: dict[str, Any] | None = None, reward_range: tup
 
     The rubric's reward at the end, from reward_range to [0, 1], is the score; outside of the range it is an error, and the episode is not judged. Its
     metrics are numbers of the last turn. Rubrics that compare a group are refused by verifiers itself. A reward function that raises counts as 0 there:
-    that is the package's doing. Tool calls are read as in llmrl.tools. A limit of the recipe (environment.max_turns) ends an episode without the rubric's
+    that is the package's doing. Tool calls are read as in llmrl.tools; a turn with one that cannot be read is answered here, and the environment does not
+    hear of it. A limit of the recipe (environment.max_turns) ends an episode without the rubric's
     reward: the environment's own max_turns should be the smaller one.
     """
     if not reward_range[0] < reward_range[1]:

@@ -14,7 +14,7 @@ from llmrl.rollout import RolloutIO, plays_episodes
 from llmrl.rules.base import Rule, Term
 
 if TYPE_CHECKING:
-    from llmrl.turns import Episode
+    from llmrl.episode import Episode
 
 Teacher = Callable[[Prompt, Sequence[dict[str, str]]], Awaitable[str]]
 """(prompt, the conversation so far) -> the teacher's turn."""
@@ -65,7 +65,7 @@ async def labelled_groups(
     labels: dict[tuple[str, int], list[tuple[list[int], str]]] = {}
 
     async def before(e: Episode) -> str | None:
-        text = await e.expert() if teacher is None else await e.host.call("the teacher", lambda: teacher(e.prompt, list(e.messages)))
+        text = await (e.expert() if teacher is None else e.host.call("the teacher", partial(teacher, e.prompt, list(e.messages))))
         labels.setdefault((e.prompt.visit_id, e.i), []).append((e.ids, text))
         if student_turns is not None:
             return text if e.turn >= int(student_turns * i) else None
