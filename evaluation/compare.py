@@ -26,6 +26,10 @@ MIN_GAP = 8.0
 """Points below which one benchmark's 50 traces a cell do not rank two models (frs.md, failure mode 5)."""
 
 
+FEW_PROBLEMS = 5
+"""A kept set of fewer problems is told of: its interval knows nothing of other problems. OUR CHOICE."""
+
+
 @dataclass(frozen=True)
 class Row:
     """A model's line of the leaderboard, by one judge."""
@@ -336,6 +340,9 @@ def _notes(rows: list[Row], pairs: list[dict[str, Any]], cells: dict[tuple[str, 
     close = [p for p in pairs if p["difference"] is not None and abs(p["difference"]) < MIN_GAP and p["low"] < 0 < p["high"]]
     if close:
         notes.append(f"{len(close)} of {len(pairs)} differences on one benchmark are not told apart (interval over 0, below {MIN_GAP:g} points)")
+    few = {f"{m} on {b}": round(r.composition["problem_share"] * r.problems) for (m, b), r in cells.items() if r.composition["problem_share"] is not None}
+    if few := {name: n for name, n in few.items() if n < FEW_PROBLEMS}:
+        notes.append("the kept traces come from few problems, and their intervals know of no others: " + ", ".join(f"{name} {n}" for name, n in few.items()))
     if gaps := [r.model for r in rows if r.mean.value is None]:
         notes.append(f"without a mean, for want of a benchmark or of judgements: {', '.join(gaps)}")
     if lost := sum(n for r in cells.values() for why, n in r.dropped.items() if why != "judgement failed" and "not asked" not in why):

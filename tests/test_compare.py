@@ -193,3 +193,11 @@ def test_what_cannot_be_compared_is_refused():
         compare([])
     other = replace(a, model="b", judged=[replace(t, prompt_id="q" + t.prompt_id) for t in a.judged])
     assert any("share no problem" in n for n in compare([a, other], resamples=50).notes)
+
+
+def test_a_kept_set_of_few_problems_is_told_of():
+    a, b = result_of("a", 0.6, seed=1), result_of("b", 0.5, seed=2)
+    assert not [n for n in compare([a, b], resamples=50).notes if "few problems" in n]
+    narrow = replace(b, composition={**b.composition, "problem_share": 2 / 40})
+    (note,) = [n for n in compare([a, narrow], resamples=50).notes if "few problems" in n]
+    assert note.endswith("b on b 2")
