@@ -261,5 +261,5 @@ def test_texts_without_probabilities_are_scored_by_the_model_that_wrote_them_onc
         done = llmrl(*files, "--score-with", "one", "--score-with", "two", "--dtype", dtype)
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout)
-        assert told["results"][0]["traces"] == 10 and "a.jsonl: 1 rows are no traces and were left out; the first is a.jsonl:11: no resp" in " ".join(told["notes"])
+        assert told["results"][0]["traces"] == 10 and "a.jsonl: 1 rows are no traces and were left out; the first is a.jsonl:11:" in " ".join(told["notes"])
     assert asked == ["one bfloat16", "two bfloat16", "one float32", "two float32"]  # the second command took what the first had made
