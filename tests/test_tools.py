@@ -108,7 +108,20 @@ def test_the_expert_halves_and_a_state_comes_back():
 
     said, first, second, third = asyncio.run(go())
     assert said == ["8", "12"] and first.messages[0]["content"] == "+" and second.messages[0]["content"] == "-"
+    assert first.numbers == second.numbers == {"attribution": 2.0} and third.numbers == {"attribution": 3.0}
     assert first.reward == -0.1 and not second.done and third.done and third.score == 1.0
+
+
+@pytest.mark.parametrize(("guess", "attribution"), [("11", 3), ("8", 2), ("3", 1), ("2", 0), ("16", -1), ("0", -1), ("#", -1)])
+def test_what_a_guess_is_worth(guess, attribution):
+    """The number is 11 in 1-15: 8 rules out 8 of 15, 3 rules out a fifth, 2 less."""
+
+    async def go():
+        env = guessing()()
+        await env.reset(Prompt("a", ({"role": "user", "content": "1-15="},), "11"), ())
+        return await env.step(Action(guess))
+
+    assert asyncio.run(go()).numbers == {"attribution": float(attribution)}
 
 
 @pytest.mark.parametrize("rows", [products(rows=300), guesses(rows=300)], ids=["products", "guesses"])

@@ -17,7 +17,8 @@ def guessing(*, turns: int = 4, per_turn: float = 0.0) -> Make:
 
     A guess is the first number of the text; a text without one costs its turn and is answered "#". Score: 1 once the number is found, 0 after `turns`
     wrong guesses. per_turn is added to the reward for each turn (0 or less: a price). The expert halves the range that is left. Recipes: verifier
-    "environment", environment.max_turns at least `turns`.
+    "environment", environment.max_turns at least `turns`. Numbers: `attribution` of the guess for the rule sotopia, OUR CHOICE: 3 where it is right, -1 where
+    it is none or lies outside of what was left, else 2, 1 or 0 for ruling out at least two fifths, a fifth or less of what was left.
     """
     return lambda: Guessing(turns, per_turn)
 
@@ -38,16 +39,19 @@ class Guessing:
         self.used += 1
         said = re.search(r"\d+", action.text)
         guess = int(said[0][:6]) if said else None
-        right = guess == self.number
-        if right or self.used >= self.turns:
-            return Step(done=True, score=float(right), reward=self.per_turn, numbers={"found": float(right)})
+        right, before = guess == self.number, self.high - self.low + 1
+        sensible = guess is not None and self.low <= guess <= self.high
         if guess is not None and guess < self.number:
             self.low, hint = max(self.low, guess + 1), "+"
         elif guess is not None:
             self.high, hint = min(self.high, guess - 1), "-"
         else:
             hint = "#"
-        return Step(({"role": "user", "content": hint},), reward=self.per_turn, numbers={"found": 0.0})
+        gone = (before - (self.high - self.low + 1)) / before
+        attribution = 3 if right else -1 if not sensible else 2 if gone >= 0.4 else 1 if gone >= 0.2 else 0
+        if right or self.used >= self.turns:
+            return Step(done=True, score=float(right), reward=self.per_turn, numbers={"attribution": float(attribution)})
+        return Step(({"role": "user", "content": hint},), reward=self.per_turn, numbers={"attribution": float(attribution)})
 
     async def close(self) -> None:
         pass
