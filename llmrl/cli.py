@@ -234,7 +234,7 @@ def view(
 def show(recipe: RecipePath, overrides: Overrides = None, json_: Json = False) -> None:
     """Print the resolved recipe: every value and where it is from (file, default, override)."""
     from llmrl.config import load_recipe
-    from llmrl.config import show as render
+    from llmrl.show import show as render
 
     render(load_recipe(recipe, overrides or []), as_json=json_)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -64,10 +63,9 @@ __all__ = [
     "Tiny",
     "WarmStart",
     "check_plugins",
+    "leaves",
     "load_recipe",
     "load_sections",
-    "resolved",
-    "show",
 ]
 
 Origin = Literal["default", "file", "override"]
@@ -110,7 +108,7 @@ def load_sections(
     path = Path(path)
     base = path.resolve().parent
     tree, lines = _tree(path, paths)
-    origins: dict[str, Origin] = {key: "file" for key, _ in _leaves(tree)}
+    origins: dict[str, Origin] = {key: "file" for key, _ in leaves(tree)}
     overridden: set[str] = set()
     problems: list[str] = []
     for override in overrides:
@@ -121,7 +119,7 @@ def load_sections(
             continue
         overridden.add(key)
         origins = {k: o for k, o in origins.items() if not _within(k, {key})}
-        origins |= {k: "override" for k, _ in _leaves({key: value})} if value is not None else {}
+        origins |= {k: "override" for k, _ in leaves({key: value})} if value is not None else {}
     if isinstance(run := tree.setdefault("run", {}), dict):
         run.setdefault("dir", f"runs/{path.stem}")
     found = list(_missing_files(tree, paths))
@@ -135,7 +133,7 @@ def load_sections(
     problems += [f"{_where(path, lines, overridden, key)}: {message}" for key, message in found]
     if recipe is None or problems:
         raise InputError("\n".join(problems))
-    return recipe, {k: origins.get(k, "default") for k, _ in _leaves(recipe.model_dump())}, path, base, lines
+    return recipe, {k: origins.get(k, "default") for k, _ in leaves(recipe.model_dump())}, path, base, lines
 
 
 def check_plugins(loaded: LoadedRecipe) -> None:
@@ -374,10 +372,11 @@ def _within(key: str, keys: Iterable[str]) -> bool:
     return any(key == k or key.startswith(f"{k}.") for k in keys)
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a nested table."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -399,39 +398,3 @@ def _lines(text: str) -> dict[str, int]:
             name = re.sub(r"[\s\"']", "", key[1])
             found.setdefault(f"{section}.{name}" if section else name, number)
     return found
-
-
-# ---------------------------------------------------------------- llmrl show
-
-
-def resolved(loaded: LoadedRecipe) -> list[tuple[str, Any, Origin]]:
-    """(dotted key, value, origin) of everything, with the defaults of the plug-ins' factories. Raises InputError as `check_plugins`."""
-    check_plugins(loaded)
-    rows: list[tuple[str, Any, Origin]] = []
-    for name, section in loaded.recipe.model_dump(mode="json").items():
-        for key, value in _leaves({name: section}):
-            rows.append((key, value, loaded.origins.get(key, "default")))
-        if name in HOMES and section is not None:
-            factory = plugins.resolve(section["use"], home=HOMES[name], base=loaded.base)
-            for key, (_, default) in plugins.signature_of(factory).items():
-                if key not in section:
-                    rows.append((f"{name}.{key}", default, "default"))
-    return rows
-
-
-def show(loaded: LoadedRecipe, *, as_json: bool = False) -> None:
-    """Print every resolved key, its value and its origin: a table, or one JSON object {"path", "values": {key: {"value", "origin"}}}."""
-    rows = resolved(loaded)
-    if as_json:
-        values = {key: {"value": value, "origin": origin} for key, value, origin in rows}
-        sys.stdout.write(json.dumps({"path": str(loaded.path), "values": values}, default=str, indent=2) + "\n")
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("key", "value", "origin", title=str(loaded.path))
-    for key, value, origin in rows:
-        shown = "-" if value is None else json.dumps(value, default=str, ensure_ascii=False)
-        table.add_row(key, Text(shown), Text(origin, style={"default": "dim", "file": "", "override": "bold"}[origin]))
-    Console().print(table)

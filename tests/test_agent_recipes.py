@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from llmrl.compose import build_rule
-from llmrl.config import check_plugins, load_recipe, resolved
+from llmrl.config import check_plugins, load_recipe
 from llmrl.console import Console
 from llmrl.metrics import without_times
 from llmrl.records import InputError
 from llmrl.samples import read_rows
 from llmrl.session import collect_fits, environment_of
+from llmrl.show import resolved
 from llmrl.train import train
 
 torch.set_num_threads(1)

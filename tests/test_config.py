@@ -6,6 +6,7 @@ import pytest
 from llmrl import config
 from llmrl.config import load_recipe
 from llmrl.records import InputError
+from llmrl.show import show
 
 GOOD = """
 seed = 3
@@ -264,7 +265,7 @@ def test_a_rule_that_compares_samples_needs_two(write, monkeypatch, tmp_path):
 def test_show_lists_everything_with_its_origin(write, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     loaded = load_recipe(write(), [ENGINE, "rule.use=./rules.py:ranked", "rule.high=0.3"])
-    config.show(loaded, as_json=True)
+    show(loaded, as_json=True)
     shown = json.loads(capsys.readouterr().out)
     values = shown["values"]
     assert shown["path"] == str(loaded.path)
@@ -275,7 +276,7 @@ def test_show_lists_everything_with_its_origin(write, monkeypatch, tmp_path, cap
     assert values["checks.max_logp_gap"] == {"value": None, "origin": "default"}
     assert set(loaded.origins) <= set(values)
     monkeypatch.setenv("COLUMNS", "200")
-    config.show(loaded)
+    show(loaded)
     text = capsys.readouterr().out
     row = next(line for line in text.splitlines() if "rule.high" in line)
     assert "0.3" in row and "override" in row
