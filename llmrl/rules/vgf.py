@@ -54,7 +54,8 @@ def vgf(
 ) -> Rule:  # fmt: skip
     """Train towards samples that were transported along a reward model's gradient and judged by the verifier. OUR EXTENSION of arXiv:2604.14265.
 
-    winners: loss = -(1/B) sum over the B prompts of sum_i w_i mean_t log pi(y_it | x, y_i<t) + kl * k3;  w = 1 for the winner of a prompt
+    winners: loss = -1/(B T) sum over the B prompts of sum_i w_i sum_t log pi(y_it | x, y_i<t) + kl * k3;  w = 1 for the winner of a prompt,
+    T = max_new_tokens: a scale. The mean over a winner's own tokens would count the end of a short text more than that of a long one, and texts shrink.
     members: grpo over a prompt's N samples and those of them that transport changed, each with the verifier's reward of its own text.
     steps = 0 or eps = 0: "winners" is best-of-N (select "reward", "verifier") or rejection fine-tuning (select "accepted", accept = 1) on the same
     samples, "members" is grpo, both bit for bit.
@@ -88,7 +89,7 @@ def vgf(
         return replace(plain, collect=partial(with_members, carrier=carrier), needs=needs)
     how = select or "reward"
     least = accept if accept is not None else 1.0 if how == "accepted" else 0.0
-    terms = [Term(losses.ce(), weight="transported", over="sample", count="groups", name="transported")]
+    terms = [Term(losses.ce(), weight="transported", over="fixed", count="groups", name="transported")]
     if kl:
         terms.append(Term(losses.kl_k3(), over="sample", coef=kl))
     elif measure_kl:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from llmrl import lm_transport as lm
 from llmrl import losses
-from llmrl.batch import evaluate_terms, global_denominators, pack
+from llmrl.batch import Outputs, evaluate_terms, global_denominators, pack
 from llmrl.credit import Credit
 from llmrl.hf_engine import HFEngine
 from llmrl.learner import Learner
@@ -117,7 +117,7 @@ def by_hand(place, how):
                 g.samples[k].weights["win"] = 1.0 / len(won)
         return groups
 
-    return Rule(Credit(), (Term(losses.ce(), weight="win", over="sample", count="groups"),), run)
+    return Rule(Credit(), (Term(losses.ce(), weight="win", over="fixed", count="groups"),), run)
 
 
 @pytest.mark.parametrize("zero", [{"steps": 0, "eps": 0.7}, {"steps": 4, "eps": 0.0}])
@@ -240,10 +240,23 @@ def test_the_likelihood_term_is_that_of_the_winners_tokens(place):
     won = [s for g in groups for s in g.samples if s.weights.get("transported")]
     logp = HFEngine(place[1]).score([(s.context_ids, s.token_ids) for s in won])
     shares, grads = gradient(place, rule, groups)
-    assert shares["transported"] == pytest.approx(-sum(sum(x) / len(x) for x in logp) / 3, rel=1e-5)
+    assert shares["transported"] == pytest.approx(-sum(sum(x) for x in logp) / (3 * 10), rel=1e-5)
     alone, _ = gradient(place, rule, [replace(g, samples=[s for s in g.samples if s.weights.get("transported")]) for g in groups])
     assert alone["transported"] == pytest.approx(shares["transported"], rel=1e-6)
     same(grads, gradient(place, rule, groups, tokens=1)[1], rtol=1e-4, atol=1e-7)
+
+
+def test_the_end_of_a_short_winner_counts_as_much_as_that_of_a_long_one(place):
+    """Of winners of 2 and of 8 tokens, the gradient of the one term on each token's log-prob is the same: maximum likelihood, which keeps lengths."""
+    (term, *_), samples = rule_of(place, measure_kl=False, **BUDGET).loss, []
+    for k, n in enumerate((2, 8)):
+        samples.append(Sample(f"s{k}", f"p{k}", [1], [4] * n, None, 0, weights={"transported": 1.0}, streams={"old_logp": [0.0] * n}))
+    denominators = global_denominators(samples, (term,), max_new_tokens=10, groups=2)
+    (batch,) = pack(samples, [torch.zeros(len(s.token_ids)) for s in samples], tokens=100)
+    logp_T = torch.full((10,), -1.0, dtype=torch.float64, requires_grad=True)
+    loss, _ = evaluate_terms((term,), batch, Outputs(logp_T, logp_T.detach(), None, None), denominators)
+    (grad,) = torch.autograd.grad(loss, logp_T)
+    assert_close(grad, torch.full((10,), -1 / (2 * 10), dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_the_kl_is_measured_without_a_gradient_or_weighed_with_one(place):
