@@ -183,7 +183,11 @@ def _solutions_can_be_written(prompts: Sequence[Prompt], chat: Chat) -> None:
     """A demonstration with a character that the tokenizer lacks would ask for a token that is never sampled."""
 
     def said(p: Prompt) -> str:
-        return p.meta["solution"] + "".join(message["content"] for message in p.meta.get("turns") or [])
+        turns = p.meta.get("turns") or []
+        texts = [m["content"] for m in turns if isinstance(m, dict) and {"role", "content"} <= m.keys()]
+        if len(texts) < len(turns) or (turns and turns[0]["role"] != "assistant"):
+            raise InputError(f'row {p.id}: turns must be a list of messages {{"role", "content"}} that begins with one of the assistant')
+        return p.meta["solution"] + "".join(texts)
 
     strange = chat.unknown("".join(sorted(set().union(*map(said, prompts)))))
     if strange is not None:

@@ -12,7 +12,7 @@ from llmrl.console import Console
 from llmrl.metrics import without_times
 from llmrl.records import InputError
 from llmrl.samples import read_rows
-from llmrl.session import collect_fits, environment_of
+from llmrl.session import collect_fits, environment_of, open_session
 from llmrl.show import resolved
 from llmrl.train import train
 
@@ -83,3 +83,17 @@ def test_what_is_no_environment_is_refused(tmp_path):
     for name, says in (("make", "its step, close must be `async def`"), ("none", "its reset, step, close must be")):
         with pytest.raises(InputError, match=says):
             environment_of(load_recipe(REPO / "recipes/agents/guessing.toml", [f"environment.use={tmp_path}/env.py:{name}", "environment.turns="]))
+
+
+STRANGE = [(["1"], "turns must be a list of messages"), ([{"role": "user", "content": "1"}], "begins with one"), ("x", "its solution holds 'x'")]
+
+
+@pytest.mark.parametrize(("turns", "says"), STRANGE)
+def test_demonstrations_that_cannot_be_learnt(turns, says, tmp_path):
+    turns = [{"role": "assistant", "content": turns}] if isinstance(turns, str) else turns
+    rows = [{"id": f"r{k}", "prompt": f"{k}-9=", "answer": "9", "solution": "9", "turns": turns} for k in range(1, 9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    changes = [f"data.path={tmp_path}/rows.jsonl", "data.args=", "data.holdout=2"]
+    loaded = load_recipe(REPO / "recipes/agents/guessing.toml", changes)
+    with pytest.raises(InputError, match=says):
+        open_session(loaded)
