@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError, create_model
@@ -68,6 +69,7 @@ def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": function.__name__, "description": about.split("\n\n")[0], "parameters": parameters}}
 
 
+@cache
 def _model_of(function: Callable[..., Any]) -> type[BaseModel]:
     found = inspect.signature(function, eval_str=True).parameters
     fields: dict[str, Any] = {
