@@ -280,7 +280,9 @@ def variant_report(runs: list[Seed], variant: str) -> list[str]:
     rm = [json.loads(f.read_text(encoding="utf-8"))["held_out"] for r in runs if (f := r.work / "reward-0" / "summary.json").is_file()]
     labels = [json.loads(line) for r in runs if (f := r.work / "pairs-0.jsonl").is_file() for line in f.read_text(encoding="utf-8").splitlines()]
     lines = [f"**Task: {variant}**", ""]
-    if rm and any(rows):
+    if not arms:
+        return [*lines, "Not run.", ""]
+    if rm:
         right, ece, agree = statistics.mean(x["accuracy"] for x in rm), statistics.mean(x["ece"] for x in rm), statistics.mean(x["right"] for x in labels)
         top = shown([[x["ceiling"] for x in r["reference"]] for r in rows if "reference" in r])
         lines += [f"Reward model on held-out pairs: accuracy {right:.3f}, ECE {ece:.3f}; labels agree with gold on {agree:.3f}. Highest gold among a "
@@ -291,7 +293,8 @@ def variant_report(runs: list[Seed], variant: str) -> list[str]:
         there = [r[a] for r in rows if a in r]
         cells = [shown([[win(x) for x in own] for own in there], 1)]
         cells += [shown([v for own in there if (v := [x[key] for x in own if key in x])]) for key in COLUMNS.values()]
-        lines.append(f"| {a} | " + " | ".join(cells) + " |")
+        name = a if len(there) == len(rows) else f"{a} ({len(there)} of {len(rows)} seeds)"
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, "", *equal_compute_table(rows), ""]
 
 
@@ -316,9 +319,10 @@ def draw(runs: list[Seed], out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shape = len(STUDY["variants"]), len(STUDY["transports"])
+    variants = [v for v in STUDY["variants"] if any(r.rows() for r in runs if r.variant == v)]
+    shape = len(variants), len(STUDY["transports"])
     figure, axes = plt.subplots(*shape, figsize=(4.2 * shape[1], 3.2 * shape[0]), squeeze=False, layout="constrained")
-    for row, variant in zip(axes, STUDY["variants"], strict=True):
+    for row, variant in zip(axes, variants, strict=True):
         rows = [r.rows() for r in runs if r.variant == variant]
         for ax, label in zip(row, STUDY["transports"], strict=True):
             right = ax.twinx()
