@@ -13,19 +13,18 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from llmrl.rewards.reply_cache import KEEP_S, ReplyCache
+
 Structured = Literal["json_schema", "json_object", "none"]
 _RETRIED = frozenset({408, 409, 425, 429}) | frozenset(range(500, 600))
 _CONNECT_S = 5.0
-_KEEP_S = 0.5  # how long keeping a reply in the cache may take
 _SHOWN = 400  # characters of a server's or a model's text in an error
 
 
@@ -83,8 +82,8 @@ class Endpoint:
         self.timeout_s, self._attempt_s, self._retries, self._backoff_s = timeout_s, attempt_timeout_s, retries, backoff_s
         self._max_concurrent, self._structured, self._body, self._leave_out = max_concurrent, structured, dict(body or {}), tuple(leave_out)
         self._prices, self._max_calls, self._max_usd, self._name = usd_per_mtok, max_calls, max_usd, name
-        self._cache = None if cache is None else _Cache(cache)
-        self.worst_case_s = timeout_s + (_KEEP_S if self._cache else 0.0)
+        self._cache = None if cache is None else ReplyCache(cache)
+        self.worst_case_s = timeout_s + (KEEP_S if self._cache else 0.0)
         counted = ("calls", "cache_hits", "retries", "repairs", "failures", "prompt_tokens", "completion_tokens", "unmetered")
         self.counters: dict[str, float] = {f"{name}/{key}": 0.0 for key in (*counted, *(["usd"] if usd_per_mtok else []))}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -105,7 +104,7 @@ class Endpoint:
         value, kept = await self._counted(self._answer(request, schema, key))
         if self._cache and kept:  # outside the budget, which a reply that has come cannot exceed any more
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._cache.put(key, self.model, *kept), _KEEP_S)
+                await asyncio.wait_for(self._cache.put(key, self.model, *kept), KEEP_S)
         return value
 
     async def call(self, path: str, request: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -352,54 +351,3 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
-
-
-# ---------------------------------------------------------------- the cache
-
-
-class _Cache:
-    """Replies by the hash of their request, in one sqlite file that many processes share. An error ends its use, with one warning."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = folder.expanduser() / "replies.sqlite3"
-        self._db: Any = None
-        self._broken = False
-        self._thread: ThreadPoolExecutor | None = None  # one thread, so that waiting for another process's write holds up no other item
-
-    async def get(self, key: str) -> str | None:
-        found = await self._do("SELECT text FROM replies WHERE key = ?", (key,))
-        return found[0] if found and isinstance(found[0], str) else None
-
-    async def put(self, key: str, model: str, text: str, tokens: tuple[int, int] | None) -> None:
-        if any("\ud800" <= c <= "\udfff" for c in text):  # half a surrogate pair, which no file can hold
-            return
-        await self._do("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?, ?)", (key, model, text, *(tokens or (None, None)), time.time()))
-
-    async def _do(self, statement: str, values: tuple[Any, ...]) -> Any:
-        if self._broken:
-            return None
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmrl-cache")
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._execute, statement, values)
-
-    def _execute(self, statement: str, values: tuple[Any, ...]) -> Any:
-        import sqlite3
-
-        if self._broken:
-            return None
-        try:
-            if self._db is None:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                db = sqlite3.connect(self._file, timeout=_KEEP_S, isolation_level=None, check_same_thread=False)
-                db.execute("PRAGMA journal_mode = WAL")
-                db.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose the last replies, not the file
-                columns = "key TEXT PRIMARY KEY, model TEXT, text TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, made REAL"
-                db.execute(f"CREATE TABLE IF NOT EXISTS replies ({columns})")
-                self._db = db
-            return self._db.execute(statement, values).fetchone()
-        except (sqlite3.Error, OSError) as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):  # the low byte: the primary code
-                return None  # another process writes: this reply is asked for, or not kept, and the next one may be
-            self._broken = True
-            print(f"llmrl: the reply cache {self._file} is not used any more: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            return None
