@@ -54,6 +54,8 @@ class Column(_Strict):
     """Of `metric`: its last value, or the median over all steps."""
     reach: tuple[str, float] | None = None
     """(metric, level): `metric` at the first step at which that one is at least the level; nothing where it never is."""
+    not_for: list[str] = []
+    """Arms of which it would say something else."""
     relative: bool = False
     """As a multiple of the first arm's, seed by seed."""
     scale: float = 1.0
@@ -64,6 +66,7 @@ class Curve(_Strict):
     title: str
     metric: str
     arms: list[str] | None = None
+    not_for: list[str] = []
 
 
 class Study(_Strict):
@@ -213,7 +216,11 @@ def report(runner: Runner, seeds: list[int], failed: list[str], command: str) ->
     study, arms = runner.study, list(runner.study.arms)
     head = ["| arm | " + " | ".join(c.title for c in study.columns) + " |", "|---|" + "---:|" * len(study.columns)]
     rows = (["start"] if study.shared_warm_start else []) + arms
-    values = {a: [[value_of(c, runner.run_dir(a, s), runner.results(a, s)) for s in seeds] for c in study.columns] for a in rows}
+
+    def of(arm: str, column: Column) -> list[float | None]:
+        return [None if arm in column.not_for else value_of(column, runner.run_dir(arm, s), runner.results(arm, s)) for s in seeds]
+
+    values = {a: [of(a, c) for c in study.columns] for a in rows}
     first = values[arms[0]]
     for own in values.values():
         for k, column in enumerate(study.columns):
@@ -235,7 +242,7 @@ def report(runner: Runner, seeds: list[int], failed: list[str], command: str) ->
 
 
 def draw(runner: Runner, seeds: list[int], out: Path) -> None:
-    """One panel a curve: each arm's mean over seeds against the tokens generated, with the range of the seeds."""
+    """One panel a curve: each arm's mean over seeds against the tokens generated, with the range of the seeds where arms are few."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -245,10 +252,10 @@ def draw(runner: Runner, seeds: list[int], out: Path) -> None:
     curves = runner.study.curves
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.2 * rows + 0.03 * len(runner.study.arms)), squeeze=False, layout="constrained")
     for ax, curve in zip(axes.flat, curves, strict=False):
         for number, arm in enumerate(runner.study.arms):
-            if curve.arms is not None and arm not in curve.arms:
+            if arm in curve.not_for or (curve.arms is not None and arm not in curve.arms):
                 continue
             lines = []
             for s in seeds:
@@ -259,8 +266,9 @@ def draw(runner: Runner, seeds: list[int], out: Path) -> None:
                 continue
             grid = np.linspace(max(x[0, 0] for x in lines), min(x[-1, 0] for x in lines), 60)
             values = np.stack([np.interp(grid, x[:, 0], x[:, 1]) for x in lines])
-            ax.plot(grid / 1e6, values.mean(0), label=arm, color=f"C{number}", lw=1.6)
-            ax.fill_between(grid / 1e6, values.min(0), values.max(0), color=f"C{number}", alpha=0.12, lw=0)
+            ax.plot(grid / 1e6, values.mean(0), label=arm, color=f"C{number % 10}", ls=("-", "--", ":")[number // 10 % 3], lw=1.6)
+            if len(runner.study.arms) <= 10:  # of more, ranges would hide the lines
+                ax.fill_between(grid / 1e6, values.min(0), values.max(0), color=f"C{number}", alpha=0.12, lw=0)
         ax.set_title(curve.title, fontsize=10)
         ax.set_xlabel("tokens generated (millions)")
         ax.grid(alpha=0.3)
