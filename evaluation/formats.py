@@ -100,7 +100,7 @@ def run(row: Row, source: Source) -> list[Draft]:
     draft = {key: row.get(key) for key in ("id", "response", "prompt", "gold", "token_ids", "logprobs", "finish", "score", "status", "answer")}
     extra = {key: row[key] for key in ("step", "policy_version", "reward", "advantage", "role") if key in row}
     if mask := row.get("mask"):  # several turns: the trace's tokens are those that the policy wrote, its text is the whole conversation
-        draft |= {key: [x for x, on in zip(draft[key], mask, strict=True) if on] for key in ("token_ids", "logprobs") if draft[key]}
+        draft |= {key: [x for x, on in zip(values, mask, strict=True) if on] for key in ("token_ids", "logprobs") if (values := draft[key])}
         extra |= {"mask": mask, "all_token_ids": row["token_ids"]}
     pure = is_pure(source.facts["rollout"]) if "rollout" in source.facts else None
     # A prompt's second visit in the training stream is named id~1; it is the same problem.

@@ -136,9 +136,10 @@ def _names(names: Any) -> str:
 
 def with_term(rule: Rule, name: str, spec: TermPlugin, base: Path, where: str) -> Rule:
     """`rule` with one more term, reduced as its first one unless `over` says otherwise."""
-    fn = plugins.use(spec.use, spec.kwargs, home=LOSSES, base=base, where=where)
-    if not callable(fn):
-        raise InputError(f"{where}: {spec.use} returned {type(fn).__name__}; a loss factory returns a function (batch, out) -> l_T")
+    made = plugins.use(spec.use, spec.kwargs, home=LOSSES, base=base, where=where)
+    if not callable(made):
+        raise InputError(f"{where}: {spec.use} returned {type(made).__name__}; a loss factory returns a function (batch, out) -> l_T")
+    fn: Any = made
     label = getattr(fn, "__name__", spec.use)
     if getattr(fn, "scales_with_advantage", False):
         raise InputError(f"{where}: {label} is a policy loss, and {name} has its own; choose it by rule.use")
