@@ -13,6 +13,7 @@ REPO = Path(__file__).parents[1]
 SCRIPT = REPO / "scripts" / "replicate.py"
 spec = importlib.util.spec_from_file_location("replicate", SCRIPT)
 replicate = importlib.util.module_from_spec(spec)
+sys.modules["replicate"] = replicate  # its models look their annotations up there
 spec.loader.exec_module(replicate)
 
 STUDY = """

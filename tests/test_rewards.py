@@ -16,6 +16,7 @@ from llmrl import plugins
 from llmrl.records import InputError, Prompt, Verdict, Verifier
 from llmrl.rewards.choice import choice
 from llmrl.rewards.combine import combine
+from llmrl.rewards.environment import environment
 from llmrl.rewards.exact import exact
 from llmrl.rewards.extract import boxed, phrased
 from llmrl.rewards.format import format as form
@@ -333,11 +334,17 @@ def test_trl_functions_plug_in_unchanged(tmp_path: Path) -> None:
 
 
 NEED_A_MODEL = {"judge", "reward_model"}  # `llmrl check judge model=... base_url=...` is in test_judge.py
-MODULES = sorted(set(plugins.available("llmrl.rewards")) - NEED_A_MODEL - {"trl"})
+NO_RIGHT_ANSWER = {"environment"}  # judges what an environment left without a score, gold or none: 0, no_answer
+MODULES = sorted(set(plugins.available("llmrl.rewards")) - NEED_A_MODEL - NO_RIGHT_ANSWER - {"trl"})
 
 
 def test_no_module_is_left_out() -> None:
     assert {"math_answer", "numeric", "exact", "choice", "format", "regex", "length", "ifeval", "code_exec", "combine"} == set(MODULES)
+
+
+def test_an_episode_without_a_score_has_no_answer() -> None:
+    verdict = environment()(Prompt("p", (), "7"), "7")
+    assert isinstance(verdict, Verdict) and (verdict.score, verdict.status) == (0.0, "no_answer")
 
 
 @pytest.mark.parametrize("name", MODULES)
