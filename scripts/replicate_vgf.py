@@ -26,7 +26,7 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -127,22 +127,23 @@ class Seed:
         reward, second = (RewardModel.load(self.work / f"reward-{k}" / "reward_model") for k in (0, 1))
         groups = [list(g) for _, g in groupby(traces(self.work / "eval.jsonl.gz"), key=lambda t: t.prompt_id)]
         n, pool = STUDY["n"], STUDY["pool"]
-        arms = {"reference": [{**own_row(g[0], [t.score for t in g[pool:]]), "ceiling": max(t.score for t in g[:pool])} for g in groups]}
         items = [(policy.chat.prompt_ids(t.messages), t.token_ids) for g in groups for t in g[:pool]]
         scores, others = reward.score(items), second.score(items)
-        arms[f"best of {n}"] = best_of(groups, scores, others, pool, n)
+        samples = [
+            {"gold": [t.score for t in g[:pool]], "reward": scores[k * pool : (k + 1) * pool], "second": others[k * pool : (k + 1) * pool],
+             "against": [t.score for t in g[pool:]]}
+            for k, g in enumerate(groups)
+        ]  # fmt: skip
         own = [t for g in groups for t in g[:n]]
         items = [(policy.chat.prompt_ids(t.messages), t.token_ids) for t in own]
-        moved_arms, sizes, ways = {}, {pool}, transports()
+        moved_arms, ways = {}, transports()
         with Scorer(GOLD, {}, REPO) as scorer:
-            for (name, how), moved in zip(ways, sweep(policy, reward, items, [how for _, how in ways], eps=STUDY["eps"]), strict=True):
+            for (name, _), moved in zip(ways, sweep(policy, reward, items, [how for _, how in ways], eps=STUDY["eps"]), strict=True):
                 verdicts = scorer.score([(Prompt(t.prompt_id, tuple(t.messages)), policy.chat.text(m.token_ids)) for t, m in zip(own, moved, strict=True)])
                 seconds = second.score([(c, m.token_ids) for (c, _), m in zip(items, moved, strict=True)])
                 told = [{**asdict(m), "gold": v.score, "second": x} for m, v, x in zip(moved, verdicts, seconds, strict=True)]
                 moved_arms[name] = [moved_row(told[k * n : (k + 1) * n], [t.score for t in g[pool:]]) for k, g in enumerate(groups)]
-                sizes.add(fair_size(moved_arms[name], how))
-        arms |= {f"best of {size}": best_of(groups, scores, others, pool, size) for size in sorted(sizes)}
-        out.write_text(json.dumps(arms | moved_arms), encoding="utf-8")
+        out.write_text(json.dumps({"samples": samples, "arms": moved_arms}), encoding="utf-8")
 
     def trained(self, arm: str) -> None:
         """A policy trained by the study's overrides, and one sample of it a prompt."""
@@ -161,7 +162,7 @@ class Seed:
 
         reward, second = (RewardModel.load(self.work / f"reward-{k}" / "reward_model") for k in (0, 1))
         groups = [list(g) for _, g in groupby(traces(file), key=lambda t: t.prompt_id)]
-        against = [r["against"] for r in json.loads((self.work / "test-time.json").read_text(encoding="utf-8"))["reference"]]
+        against = [s["against"] for s in self.samples()]
         items = [(context_of(self.start, t), t.token_ids) for g in groups for t in g]
         scores, others, rows = reward.score(items), second.score(items), []
         for k, (g, ref) in enumerate(zip(groups, against, strict=True)):
@@ -169,10 +170,21 @@ class Seed:
             rows.append({**own_row(g[0], ref), "all_gold": statistics.mean(t.score for t in g), "reward": scores[at], "second": others[at]})
         out.write_text(json.dumps(rows), encoding="utf-8")
 
+    def samples(self) -> list[dict[str, list[float]]]:
+        """The reference's samples of each held-out prompt: gold, reward and second of the pool, and the gold of those to win against."""
+        return json.loads((self.work / "test-time.json").read_text(encoding="utf-8"))["samples"]
+
+    def recipe(self, arm: str) -> dict[str, Any]:
+        """What a trained arm's run was told, with defaults."""
+        return json.loads((self.work / slug(arm) / "manifest.json").read_text(encoding="utf-8"))["recipe"]
+
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         """Everything that is there, by arm."""
-        file = self.work / "test-time.json"
-        arms = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not (file := self.work / "test-time.json").is_file():
+            return {}
+        arms: dict[str, list[dict[str, Any]]] = {"reference": [best_of(s, 1, first=1) for s in self.samples()]}
+        arms |= {f"best of {size}": [best_of(s, size, first=size) for s in self.samples()] for size in (STUDY["n"], STUDY["pool"])}
+        arms |= json.loads(file.read_text(encoding="utf-8"))["arms"]
         for arm in STUDY["arms"]:
             if (file := self.work / f"{slug(arm)}.json").is_file():
                 arms[arm] = json.loads(file.read_text(encoding="utf-8"))
@@ -209,27 +221,56 @@ def transports() -> list[tuple[str, Readout]]:
     ]  # fmt: skip
 
 
-def fair_size(rows: list[dict[str, Any]], how: Readout) -> int:
-    """N' of the best-of-N' that costs as much (`equal_compute`), at most the pool.
+def cost_at_test_time(rows: list[dict[str, Any]], how: Readout) -> float:
+    """What an answer of a test-time arm costs, in forwards of a response, all three models being of one size.
 
-    In forwards of a token, all three models being of one size: sampling a response, scoring it, and a teacher-forced look at it cost 1 each, for
-    the key-value cache makes sampling no dearer in operations. On a GPU sampling is slower by the clock, and N' smaller.
+    Sampling a response, scoring it, and a teacher-forced look at it cost 1 each (the key-value cache makes sampling no dearer in operations; on a GPU
+    it is slower by the clock), a backward 2. So best-of-N costs 2 N.
     """
     passes = (2.0 if how.guard is not None else 0.0) + statistics.mean(r["all_passes"] for r in rows)
-    return min(STUDY["pool"], round(equal_compute(STUDY["n"], how.steps, generate=1, score=1, reference=1, passes=passes)))
+    return 2 * equal_compute(STUDY["n"], how.steps, generate=1, score=1, reference=1, passes=passes)
+
+
+def cost_of_training(recipe: dict[str, Any]) -> float:
+    """What a trained arm spent before its first answer, in the same forwards: an update is 3, a look of the starting model for the KL or DPO's ratio 1.
+
+    Not counted: the reward model, which all but DPO were given; labels; what is only measured.
+    """
+    rule, prompts, n = recipe["rule"], recipe["steps"] * recipe["rollout"]["prompts"], recipe["rollout"]["group"]
+    if rule["use"] == "exp_dpo":
+        return prompts * 2 * (1 + 3 + 1.0)
+    if rule["use"] == "grpo":
+        return prompts * n * (1 + 1 + 3 + 1.0)
+    head = 2 * n if rule.get("value") == "head" else 0  # features of sampled and moved texts
+    return prompts * (2 * equal_compute(n, rule["steps"], generate=1, score=1, reference=1) + head + 3.0)
 
 
 def own_row(trace: Any, against: list[float]) -> dict[str, Any]:
     return {"gold": trace.score, "all_gold": trace.score, "against": against}
 
 
-def best_of(groups: list[list[Any]], scores: list[float], others: list[float], pool: int, size: int) -> list[dict[str, Any]]:
-    rows = []
-    for k, g in enumerate(groups):
-        i = max(range(size), key=lambda i: (scores[k * pool + i], -i))
-        rows.append({"gold": g[i].score, "all_gold": statistics.mean(t.score for t in g[:size]), "against": [t.score for t in g[pool:]],
-                     "reward": scores[k * pool + i], "second": others[k * pool + i]})  # fmt: skip
-    return rows
+def ranked(rewards: list[float]) -> list[int]:
+    """Indices from the highest reward to the lowest; of equals the first comes first."""
+    return sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))
+
+
+@lru_cache
+def shares(m: int, size: int) -> list[float]:
+    """Of all choices of `size` of m samples the share whose best is the k-th (from 0) by reward: C(m-1-k, size-1) / C(m, size)."""
+    found = [size / m]
+    for k in range(m - 1):
+        found.append(found[-1] * (m - k - size) / (m - 1 - k) if k < m - size else 0.0)
+    return found
+
+
+def best_of(samples: dict[str, list[float]], size: int, first: int | None = None) -> dict[str, Any]:
+    """Best-of-`size` by the reward: the mean over all choices of `size` of a prompt's first `first` samples (None: of the pool). first = size: just these."""
+    own = {key: samples[key][:first] for key in ("gold", "reward", "second")}
+    order = ranked(own["reward"])
+    share = shares(len(order), size)
+    row: dict[str, Any] = {key: sum(p * own[key][i] for p, i in zip(share, order, strict=True)) for key in own}
+    row["win"] = sum(p * win({"gold": own["gold"][i], "against": samples["against"]}) for p, i in zip(share, order, strict=True) if p)
+    return row | {"all_gold": statistics.mean(own["gold"]), "ceiling": max(own["gold"]), "against": samples["against"]}
 
 
 def moved_row(own: list[dict[str, Any]], against: list[float]) -> dict[str, Any]:
@@ -246,6 +287,8 @@ def moved_row(own: list[dict[str, Any]], against: list[float]) -> dict[str, Any]
 
 def win(row: dict[str, Any]) -> float:
     """Share (%) of the prompt's independent samples of the reference that the arm's response beats by gold; a tie counts half."""
+    if "win" in row:  # of more than one response
+        return row["win"]
     gaps = [row["gold"] - x for x in row["against"]]
     return 100.0 * statistics.mean((d > 1e-9) + 0.5 * (abs(d) <= 1e-9) for d in gaps)
 
@@ -284,31 +327,43 @@ def variant_report(runs: list[Seed], variant: str) -> list[str]:
         return [*lines, "Not run.", ""]
     if rm:
         right, ece, agree = statistics.mean(x["accuracy"] for x in rm), statistics.mean(x["ece"] for x in rm), statistics.mean(x["right"] for x in labels)
-        top = shown([[x["ceiling"] for x in r["reference"]] for r in rows if "reference" in r])
+        top = shown([[x["ceiling"] for x in r[f"best of {STUDY['pool']}"]] for r in rows if r])
         lines += [f"Reward model on held-out pairs: accuracy {right:.3f}, ECE {ece:.3f}; labels agree with gold on {agree:.3f}. Highest gold among a "
                   f"prompt's {STUDY['pool']} samples of the reference: {top}.", ""]  # fmt: skip
     lines += ["| arm | win rate vs. reference (%) | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) + 1)]
-    ends = (f"best of {STUDY['n']}", f"best of {STUDY['pool']}")
-    for a in (a for a in arms if not a.startswith("best of") or a in ends):  # those between are in the second table
+    for a in arms:
         there = [r[a] for r in rows if a in r]
         cells = [shown([[win(x) for x in own] for own in there], 1)]
         cells += [shown([v for own in there if (v := [x[key] for x in own if key in x])]) for key in COLUMNS.values()]
         name = a if len(there) == len(rows) else f"{a} ({len(there)} of {len(rows)} seeds)"
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return [*lines, "", *equal_compute_table(rows), ""]
+    return [*lines, "", *equal_compute_table([r for r in runs if r.rows()], arms), ""]
 
 
-def equal_compute_table(rows: list[dict[str, list[dict[str, Any]]]]) -> list[str]:
-    """Each transport against the best-of-N' of its cost, on the same prompts and opponents."""
-    lines = ["| transport | N' of equal compute | win rate (%) | best of N' (%) | difference (points) | difference of gold |", "|---|" + "---:|" * 5]
-    for name, how in transports():
-        there = [(r[name], r[f"best of {size}"], size) for r in rows if name in r for size in [fair_size(r[name], how)]]
-        if there:
-            wins = [[[win(x) for x in own] for own in pair] for *pair, _ in there]
-            apart = [[a - b for a, b in zip(*pair, strict=True)] for pair in wins]
-            gold = [[a["gold"] - b["gold"] for a, b in zip(mine, theirs, strict=True)] for mine, theirs, _ in there]
-            cells = [f"{statistics.mean(size for *_, size in there):.0f}", shown([w[0] for w in wins], 1), shown([w[1] for w in wins], 1)]
-            lines.append(f"| {name} | " + " | ".join([*cells, shown(apart, 1), shown(gold)]) + " |")
+def equal_compute_table(runs: list[Seed], arms: list[str]) -> list[str]:
+    """Each arm against the best-of-N' of its cost, on the same prompts and opponents; what training cost is laid upon the prompts of the study."""
+    rows, samples = [r.rows() for r in runs], [r.samples() for r in runs]
+    pool = STUDY["pool"]
+    by_rank = [[win({"gold": s["gold"][i], "against": s["against"]}) for i in ranked(s["reward"])] for own in samples for s in own]
+    means = [statistics.mean(column) for column in zip(*by_rank, strict=True)]
+    curve = [sum(p * w for p, w in zip(shares(pool, size), means, strict=True)) for size in range(1, pool + 1)]  # win rate of best-of-1, -2, ...
+    lines = ["| arm | forwards a prompt | N' of equal compute | win rate (%) | best of N' (%) | difference (points) | difference of gold | "
+             "best of N that wins as much | prompts until training is cheaper |", "|---|" + "---:|" * 8]  # fmt: skip
+    ways = dict(transports())
+    for name in (a for a in arms if a in ways or a in STUDY["arms"]):
+        there = [(run, own[name], theirs) for run, own, theirs in zip(runs, rows, samples, strict=True) if name in own]
+        spent = [0.0 if name in ways else cost_of_training(run.recipe(name)) for run, *_ in there]
+        costs = [cost_at_test_time(own, ways[name]) if name in ways else 1 + c / len(own) for c, (_, own, _) in zip(spent, there, strict=True)]
+        sizes = [max(1, min(pool, round(c / 2))) for c in costs]
+        fair = [[best_of(s, size) for s in theirs] for size, (*_, theirs) in zip(sizes, there, strict=True)]
+        wins = [[[win(x) for x in own] for own in pair] for pair in zip((own for _, own, _ in there), fair, strict=True)]
+        gold = [[a["gold"] - b["gold"] for a, b in zip(own, theirs, strict=True)] for (_, own, _), theirs in zip(there, fair, strict=True)]
+        level = statistics.mean(statistics.mean(w[0]) for w in wins)
+        as_good = next((size for size, w in enumerate(curve, 1) if w >= level), None)
+        until = "-" if name in ways or as_good is None or as_good < 2 else f"{statistics.mean(spent) / (2 * as_good - 1):.0f}"
+        cells = [f"{statistics.mean(costs):.0f}", f"{statistics.mean(sizes):.0f}", shown([w[0] for w in wins], 1), shown([w[1] for w in wins], 1)]
+        cells += [shown([[a - b for a, b in zip(*w, strict=True)] for w in wins], 1), shown(gold), str(as_good or "none"), until]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
