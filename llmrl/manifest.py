@@ -24,6 +24,16 @@ MAY_CHANGE = ("run.", "checkpoint.", "scoring.workers", "scoring.concurrency", "
 """Keys that do not change what is computed."""
 
 
+def _inside(value: Any) -> list[str]:
+    """The plug-ins named within the keywords of another one, the parts of a `combine`, however deep."""
+    if isinstance(value, list):
+        return [ref for item in value for ref in _inside(item)]
+    if not isinstance(value, dict):
+        return []
+    own = [value["use"]] if isinstance(value.get("use"), str) else []
+    return own + [ref for item in value.values() for ref in _inside(item)]
+
+
 def plugin_hashes(loaded: LoadedRecipe) -> dict[str, str]:
     """sha256 of the source file behind each plug-in reference, the parts of a `combine` or of a composed rule included."""
     hashes = {}
@@ -31,8 +41,7 @@ def plugin_hashes(loaded: LoadedRecipe) -> dict[str, str]:
         spec = getattr(loaded.recipe, section)
         if spec is None:
             continue
-        inside = [p["use"] for p in spec.kwargs.get("parts", []) if isinstance(p, dict) and isinstance(p.get("use"), str)]
-        refs = [(ref, home) for ref in (spec.use, *inside)]
+        refs = [(ref, home) for ref in (spec.use, *_inside(spec.kwargs))]
         refs += [(part.use, at) for _, part, at in parts(spec)] if isinstance(spec, RulePlugin) else []
         hashes |= {f"{section}:{ref}": source_hash(ref, home=at, base=loaded.base) for ref, at in refs}
     return hashes

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import inspect
 import json
+import re
 import time
 from collections.abc import Iterable
 from itertools import pairwise
@@ -22,6 +23,7 @@ from llmrl.rewards.extract import boxed, phrased
 from llmrl.rewards.format import format as form
 from llmrl.rewards.math_answer import math_answer
 from llmrl.rewards.numeric import numeric
+from llmrl.rewards.process import process, step_ends
 from llmrl.rewards.selfcheck import check_verifier, gold_forms
 from llmrl.rewards.trl import trl
 from llmrl.scoring import Scorer
@@ -168,9 +170,7 @@ def test_numeric_tolerances_and_places() -> None:
 
 
 def test_exact() -> None:
-    assert not wrong_rows(
-        exact(after="#"), [("30", "3*10=30#30", 1.0), ("30", "#29#30\nand more", 1.0), ("30", "30", "-"), ("30", "30#", "-")]
-    )
+    assert not wrong_rows(exact(after="#"), [("30", "3*10=30#30", 1.0), ("30", "#29#30\nand more", 1.0), ("30", "30", "-"), ("30", "30#", "-")])
     assert not wrong_rows(exact(), [("Paris", "On the Seine:\n  paris. \n\n", 1.0), ("Paris", "Paris\nLyon", 0.0), (None, "Paris", None)])
     assert not wrong_rows(exact(full=True), [("a b", " a\n\tb.", 1.0), ("a b", "so a b", 0.0), ("a", " ", "-")])
     assert not wrong_rows(exact(ignore_case=False), [("Na", "NA", 0.0), ("Na", "Na", 1.0)])
@@ -299,6 +299,61 @@ def test_combine_refuses(keys: dict[str, Any], message: str) -> None:
         plugins.use("combine", keys, home="llmrl.rewards", base=HERE, where="[verifier]")
 
 
+JUDGE = """
+from llmrl.records import Verdict
+def told():
+    def verify(prompt, response):  # the last step's number
+        step = response.replace(";", "").split()[-1]
+        return Verdict(None, "timeout", detail="silent") if step == "?" else Verdict(float(step))
+    return verify
+def late():
+    async def verify(prompt, response):
+        return told()(prompt, response)
+    return verify
+"""
+
+
+@pytest.mark.parametrize("name", ["told", "late"])
+def test_a_process_reward_joins_the_scores_of_the_steps(tmp_path: Path, name: str) -> None:
+    (tmp_path / "v.py").write_text(JUDGE)
+
+    def score(response: str, **keys: Any) -> Verdict:
+        found = process(of={"use": f"./v.py:{name}"}, base=tmp_path, **keys)(Prompt("p", (), "4"), response)
+        return asyncio.run(found) if inspect.iscoroutine(found) else found
+
+    steps = "0.9\n0.4\n\n0.7"
+    by_hand = {"min": 0.4, "mean": 2.0 / 3, "product": 0.252, "last": 0.7}
+    assert {how: score(steps, reduce=how).score for how in by_hand} == pytest.approx(by_hand, abs=1e-12)
+    assert score(steps, most=2).score == 0.7 and score(steps, most=1, reduce="mean").score == 0.7  # the rest is one step
+    assert score("0.9; 0.4; 0.7", split=";").score == 0.4 and "steps 0.9, 0.4, 0.7" in score("0.9; 0.4; 0.7", split=";").detail
+    assert (score(" \n\n").score, score("").status) == (0.0, "no_answer")
+    lost = score("0.9\n?\n0.7")
+    assert (lost.score, lost.status) == (None, "timeout") and "steps 0.9, unjudged, 0.7: silent" in lost.detail
+
+
+def test_the_score_filter_of_b_star(tmp_path: Path) -> None:
+    """ORM + min(PRM) / 5: 1.08 and 0.16 in the paper's units, 1.2 of which are a score of 1."""
+    (tmp_path / "v.py").write_text(JUDGE)
+    both = combine(parts=[{"use": "numeric"}, {"use": "process", "of": {"use": "./v.py:told"}, "weight": 0.2}], base=tmp_path)
+    assert judge(both, "0.7", "0.9\n0.4\n0.7").score == pytest.approx(1.08 / 1.2, abs=1e-12)
+    assert judge(both, "0.7", "0.9\n0.8").score == pytest.approx(0.16 / 1.2, abs=1e-12)
+
+
+def test_where_steps_end() -> None:
+    ends = [step_ends(text, re.compile(r"\n+"), most) for text, most in (("ab\n\nc\n", 9), ("\n a\n", 9), ("a\nb\nc", 2), ("a\n \n", 9), ("", 9))]
+    assert ends == [[4, 6], [4], [2, 5], [4], []]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [({"of": {}}, "verifier of a step"), ({"of": {"use": "numeric"}, "most": 0}, "most = 0"), ({"of": {"use": "numeric"}, "split": "("}, "no pattern"),
+     ({"of": {"use": "numeric", "tol": 1}}, r"\[verifier\] of.*tol")],
+)  # fmt: skip
+def test_process_refuses(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plugins.use("process", keys, home="llmrl.rewards", base=HERE, where="[verifier]")
+
+
 TRL = """
 def accuracy(completions, answer, **kwargs):
     return [1.0 if c.strip() == a else None if not c else -1.0 for c, a in zip(completions, answer)]
@@ -339,7 +394,7 @@ MODULES = sorted(set(plugins.available("llmrl.rewards")) - NEED_A_MODEL - NO_RIG
 
 
 def test_no_module_is_left_out() -> None:
-    assert {"math_answer", "numeric", "exact", "choice", "format", "regex", "length", "ifeval", "code_exec", "combine"} == set(MODULES)
+    assert {"math_answer", "numeric", "exact", "choice", "format", "regex", "length", "ifeval", "code_exec", "combine", "process"} == set(MODULES)
 
 
 def test_an_episode_without_a_score_has_no_answer() -> None:

@@ -37,10 +37,10 @@ def b_star(
     the first search the recipe's temperature and threshold `right`. Ties: lower temperature, then lower threshold. Scores of all ranks count, by way
     of the memory, so a resumed run goes on as it was. Samples at another temperature than the recipe's bring no log-probs: they feed no ratio, no alarm.
     The grid .50 to 1.20 is the paper's; it searches 1k prompts x 64 samples every 500 steps, n* 8. OUR CHOICE: `every`, the dev prompts are the first
-    dev_prompts of the step (0: all), dev_samples 0: as many as rollout.group, wanted 0: half of the samples, the score is the verifier's alone (paper:
-    0/1 + min of a process reward / 5, thresholds -1 to 1), so of 0/1 scores a threshold keeps all or the right ones; texts are compared up to white space,
-    or as sequences of equations. The likelihood is taken at rollout.temperature: leave it at 1. LEFT OUT: process reward, gold solutions among the kept,
-    growing N up to a target size, Best-of-K, Reward@K-S.
+    dev_prompts of the step (0: all), dev_samples 0: as many as rollout.group, wanted 0: half of the samples, the score is the verifier's: of 0/1
+    scores a threshold keeps all or the right ones; the paper's, ORM + min(PRM) / 5 with thresholds from -1 to 1, is over 1.2 that of the verifiers combine
+    and process (recipes/rules/b_star_process.toml). Texts are compared up to white space, or as sequences of equations. The likelihood is taken at
+    rollout.temperature: leave it at 1. LEFT OUT: gold solutions among the kept, growing N up to a target size, Best-of-K, Reward@K-S.
     Metrics rule/balance (n_i >= 1), balance_all, temperature, threshold, kept (a prompt), diversity (unique share of the right), pass@K, pass@K-S
     (at least S of K samples right; pass_k 0: half of rollout.group).
     """
