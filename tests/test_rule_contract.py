@@ -31,7 +31,7 @@ KEYS: dict[str, list[dict[str, object]]] = {
     "drpo": [{}, {"form": "advantage", "mask_truncated": True}],
     "spae": [{"dynamic_rounds": 0, "probe": "#", "boundary": "1", "probes": 2, "probe_tokens": 3}],
     "b_star": [{"every": 1, "temperatures": [0.7, 1.3], "thresholds": [-1.0, 0.5]}, {"every": 2, "temperatures": [1.0], "unique": "equations"}],
-    "v0": [{}, {"average": "prompt", "allocate": "greedy"}],
+    "v0": [{}, {"average": "prompt", "allocate": "greedy"}, {"value": "learned", "context": 8}],
     "r3": [{"template": "tiny"}, {"template": "tiny", "ranked": 0.0, "alpha": 2.0, "kl": 0.01}],
     "verl_erank": [{"stride": 2, "kl": 0.05}, {"stride": 2, "last_token_only": True}],
     "spo": [{}, {"opponent": "answer", "scale": False}],
