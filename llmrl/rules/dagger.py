@@ -72,7 +72,7 @@ async def labelled_groups(
         return text if io.rng("dagger", e.prompt.visit_id, e.i, e.turn).random() < beta(i, decay) else None
 
     groups = await io.environment.play(prompts, io, before=before)
-    old = io.memory.recall("dagger", "") if replay else []
+    old = _kept(io) if replay else []
     for g in groups:
         for k, s in enumerate(list(g.samples)):
             s.weights = {"policy": 0.0}
@@ -88,7 +88,7 @@ async def labelled_groups(
         if replay:
             g.samples += [_replayed(g.prompt, j, old, io) for j in range(round(replay * len(fresh))) if old]
             for s in fresh:
-                io.memory.remember("dagger", "", [s.context_ids, s.token_ids, i], cap=KEPT)
+                io.memory.remember("dagger", "", [s.context_ids, s.token_ids, i, s.id], cap=KEPT)
     io.note("beta", beta(i, decay))
     return groups
 
@@ -96,12 +96,18 @@ async def labelled_groups(
 labelled_groups.needs_environment = True  # type: ignore[attr-defined]
 
 
+def _kept(io: RolloutIO) -> list[Any]:
+    """Labels of earlier steps in an order that ranks do not change; of a step that has begun to drop out of the memory none."""
+    old = sorted(io.memory.recall("dagger", ""), key=lambda entry: (entry[2], entry[3]))
+    return [entry for entry in old if entry[2] > old[0][2]] if len(old) == KEPT else old
+
+
 def _label(prompt: Prompt, name: str, ids: list[int], text: str, io: RolloutIO) -> Sample:
     return _sample(prompt, name, ids, io.chat.completion_ids(text), io.version, max(0, io.step - 1), text)
 
 
 def _replayed(prompt: Prompt, j: int, old: Sequence[Any], io: RolloutIO) -> Sample:
-    context, token_ids, step = old[int(io.rng("dagger", "replay", prompt.visit_id, j).integers(len(old)))]
+    context, token_ids, step, _ = old[int(io.rng("dagger", "replay", prompt.visit_id, j).integers(len(old)))]
     return _sample(prompt, f"{prompt.visit_id}/replayed{j}", context, token_ids, io.version, step, io.chat.text(token_ids))
 
 
