@@ -66,6 +66,25 @@ def test_a_resumed_run_is_the_unbroken_one(folder):
     assert all((x[k] == y[k]).all() for k in x)
 
 
+def test_episodes_run_ahead_as_completions_do(folder):
+    """All turns of an episode are of one version, what ran ahead is off by an update, and a resumed run is the unbroken one."""
+    stops = "rollout.stop=['1', '3', '5', '7', '9', '+', '=']"
+    keys = [f"environment={{use='{folder / 'game.py'}:game', max_turns=3}}", stops, "scoring.max_failure_rate=1.0"]
+    whole = run(folder, "a", *keys)
+    assert [r["samples/staleness_updates"] for r in whole[1:]] == [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+    assert all(r["rule/turns"] > 2 for r in whole[1:]) and sum(r["rule/environment_failed"] for r in whole[1:]) > 0
+    gaps = [r["logp_gap/max_nats"] for r in whole[1:]]
+    assert gaps[0] < 1e-5 and gaps[3] < 1e-5 and min(gaps[1:3]) > 1e-4
+    samples = [read_rows(folder / "a" / "samples" / f"step-{n:06d}.jsonl.gz") for n in range(1, 7)]
+    assert [{s["policy_version"] for s in step} for step in samples] == [{0}, {0}, {1}, {3}, {3}, {4}]
+    assert all(any("mask" in s for s in step) for step in samples)
+    cut(folder / "a", 3, folder / "b")
+    assert [without_times(r) for r in run(folder, "b", *keys, resume=True)] == [without_times(r) for r in whole]
+    for n in (4, 5, 6):
+        name = f"samples/step-{n:06d}.jsonl.gz"
+        assert (folder / "a" / name).read_bytes() == (folder / "b" / name).read_bytes()
+
+
 def test_it_really_overlaps(folder):
     """The update of a step waits until the next step's rollouts have begun: both are under way at the same time."""
     session = open_session(load_recipe(folder / "r.toml", [*KEYS, f"run.dir={folder / 'c'}"]))
