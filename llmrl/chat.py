@@ -28,14 +28,15 @@ class Chat:
     def prompt_ids(self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Ids of a conversation up to where the assistant begins to write.
 
-        tools: JSON schemas for the template; one that knows nothing of tools gets them as text in a system message.
+        tools: JSON schemas for the template; one that knows nothing of tools gets them as text in the system message.
         Without a chat template (a base model) the contents are joined by newlines, after the begin-of-text token if there is one.
         """
         tok = self.tokenizer
         if tok.chat_template:
             messages = list(messages)
             if tools and self._rendered(messages, tools) == self._rendered(messages, ()):
-                messages = [{"role": "system", "content": _told(tools)}, *messages]
+                first, rest = ([messages[0]["content"]], messages[1:]) if messages and messages[0]["role"] == "system" else ([], messages)
+                messages = [{"role": "system", "content": "\n".join([*first, _told(tools)])}, *rest]
             more: dict[str, Any] = {"tools": list(tools)} if tools else {}
             return list(tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False, **more))
         ids = tok("\n".join(m["content"] for m in messages), add_special_tokens=False)["input_ids"]

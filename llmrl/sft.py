@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -17,24 +18,24 @@ from llmrl.rules.base import Needs, Term
 TERMS = (Term(ce(), weight="sft", name="sft"),)
 
 
-def demonstration(prompt: Prompt, learner: Learner) -> Sample:
+def demonstration(prompt: Prompt, learner: Learner, tools: Sequence[dict[str, Any]] = ()) -> Sample:
     """The row's solution as a sample that feeds the term "sft"; the end token is learnt too. Where the row has `turns` it is those: messages of
-    the assistant, which are learnt, and between them what an environment says to it, which is only read."""
+    the assistant, which are learnt, and between them what an environment says to it, which is only read. tools: the environment's, as in its episodes."""
     chat = learner.policy.chat
     ids: list[int] = []
     mask: list[bool] = []
     for message in prompt.meta.get("turns") or [{"role": "assistant", "content": prompt.meta["solution"]}]:
         own = message["role"] == "assistant"
-        new = chat.completion_ids(message["content"]) if own else chat.between_ids([message], last_id=ids[-1])
+        new = chat.completion_ids(message["content"]) if own else chat.between_ids([message], last_id=ids[-1], tools=tools)
         ids, mask = ids + new, mask + [own] * len(new)
     return Sample(
-        id=prompt.id, prompt_id=prompt.id, context_ids=chat.prompt_ids(prompt.messages), token_ids=ids, behavior_logp=None,
+        id=prompt.id, prompt_id=prompt.id, context_ids=chat.prompt_ids(prompt.messages, tools=tools), token_ids=ids, behavior_logp=None,
         policy_version=learner.version, role="demonstration", weights={"sft": 1.0}, mask=None if all(mask) else mask,
     )  # fmt: skip
 
 
 def supervise(
-    learner: Learner, prompts: list[Prompt], optim: Optim, *, steps: int, examples: int, tokens: int, seed: int
+    learner: Learner, prompts: list[Prompt], optim: Optim, *, steps: int, examples: int, tokens: int, seed: int, tools: Sequence[dict[str, Any]] = ()
 ) -> Iterator[dict[str, float]]:
     """`steps` updates on `examples` demonstrations each, over all ranks; yields {step (from 1), loss_nats, lr, grad_norm} after every one.
 
@@ -48,7 +49,7 @@ def supervise(
     learner.start(optim)
     try:
         for step in range(steps):
-            samples = [demonstration(p, learner) for p in stream.take(examples // world)]
+            samples = [demonstration(p, learner, tools) for p in stream.take(examples // world)]
             denominators = global_denominators(samples, TERMS, max_new_tokens=1, all_sum=learner.all_sum)
             total = 0.0
             batches = pack(samples, [torch.zeros(s.length) for s in samples], tokens=tokens, groups=range(len(samples)))

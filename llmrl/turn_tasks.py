@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -11,13 +12,14 @@ from llmrl.records import InputError
 Row = dict[str, Any]
 
 
-def products(*, rows: int = 20000, low: int = 11, high: int = 99, careful: float = 0.3, seed: int = 0) -> Iterator[Row]:
+def products(*, rows: int = 20000, low: int = 11, high: int = 99, careful: float = 0.3, chat: bool = False, seed: int = 0) -> Iterator[Row]:
     """Products of two numbers, with demonstrations of which some ask the calculator and the others guess. For a tiny model; marks "(" and ")".
 
     {"id": "37*48", "prompt": "37*48=", "answer": "1776", "solution": "#1776", "turns": [{"role": "assistant", "content": "(37*48)"},
      {"role": "tool", "content": "1776"}, {"role": "assistant", "content": "#1776"}]}
 
     careful: share that asks. The others answer at once with a number of the right length whose first digit alone is right.
+    chat: for a chat model: "What is 37*48?", <tool_call>{"name": "calculate", "arguments": {"expression": "37*48"}}</tool_call>, "37*48 = 1776".
     """
     if rows < 1 or not 0 <= low < high or not 0 <= careful <= 1:
         raise InputError(f"products: rows = {rows} must be at least 1, 0 <= low = {low} < high = {high}, careful = {careful} in [0, 1]")
@@ -28,8 +30,12 @@ def products(*, rows: int = 20000, low: int = 11, high: int = 99, careful: float
         name, answer = f"{a}*{b}", str(a * b)
         seen[name] = seen.get(name, 0) + 1
         guess = answer[0] + "".join(str(int(rng.random() * 10)) for _ in answer[1:])
-        texts = [f"({name})", answer, f"#{answer}"] if rng.random() < careful else [f"#{guess}"]
-        yield {"id": _copy(name, seen[name]), "prompt": f"{name}=", "answer": answer, "solution": texts[-1], "turns": _turns(texts, "tool")}
+        last = f"{name} = " if chat else "#"
+        call = json.dumps({"name": "calculate", "arguments": {"expression": name}})
+        asked = [f"<tool_call>{call}</tool_call>" if chat else f"({name})", answer, f"{last}{answer}"]
+        texts = asked if rng.random() < careful else [f"{last}{guess}"]
+        prompt = f"What is {name}?" if chat else f"{name}="
+        yield {"id": _copy(name, seen[name]), "prompt": prompt, "answer": answer, "solution": texts[-1], "turns": _turns(texts, "tool")}
 
 
 def guesses(

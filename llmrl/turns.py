@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llmrl.environment import Action, EnvironmentFailed, Host, Make
 from llmrl.episode import NAN, Episode, sample_of
@@ -30,6 +31,11 @@ class Episodes:
     max_tokens: int | None = None
     """of the whole episode, prompt and all turns; None = the model's positions"""
     timeout_s: float = 30.0
+
+    @property
+    def tools(self) -> tuple[dict[str, Any], ...]:
+        """Schemas of the tools that an episode begins with."""
+        return tuple(getattr(self.make(), "tools", None) or ())
 
     def most_tokens(self, max_new_tokens: int, positions: int | None) -> int:
         """Tokens that the policy can write in an episode, at most: what a length is measured against."""

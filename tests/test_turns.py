@@ -14,6 +14,7 @@ from llmrl.batch import pack, token_metrics
 from llmrl.chat import Chat, char_tokenizer
 from llmrl.engine import TableEngine
 from llmrl.environment import Action, Step
+from llmrl.environments.calculator import calculate
 from llmrl.environments.guessing import guessing
 from llmrl.hf_engine import HFEngine
 from llmrl.learner import Learner
@@ -25,6 +26,7 @@ from llmrl.rules.grpo import grpo
 from llmrl.scoring import FailureRateError, Scorer
 from llmrl.sft import demonstration
 from llmrl.step import view_of
+from llmrl.tools import Tools
 from llmrl.turns import Episodes
 from tests.builders import ALPHABET, tiny_policy
 
@@ -209,6 +211,8 @@ def test_tools_reach_the_prompt_by_the_template_or_in_words():
     told = silent.show(silent.prompt_ids(messages, tools=[tool]))
     assert told.startswith("<|im_start|>system\nYou may call these functions") and '"name": "add"' in told
     assert silent.prompt_ids(messages) == silent.prompt_ids(messages, tools=())
+    own = silent.show(silent.prompt_ids([{"role": "system", "content": "Be brief."}, *messages], tools=[tool]))
+    assert own.startswith("<|im_start|>system\nBe brief.\nYou may call") and own.count("system") == 1
 
 
 def test_a_letter_that_the_tokenizer_lacks_is_named():
@@ -222,6 +226,17 @@ def test_a_demonstration_of_several_turns():
     s = demonstration(Prompt("a", PROMPTS[0].messages, "7", {"solution": "#7", "turns": turns}), learner)
     assert CHAT.show(s.token_ids) == "(3)<eos>7#7<eos>" and s.mask == [True] * 4 + [False] + [True] * 3
     assert demonstration(Prompt("a", PROMPTS[0].messages, "7", {"solution": "#7"}), learner).mask is None
+
+
+def test_a_demonstration_shows_the_tools_as_an_episode_does():
+    chat = chatml()
+    learner = SimpleNamespace(policy=SimpleNamespace(chat=chat), version=0)
+    episodes = Episodes(lambda: Tools([calculate]))
+    row = Prompt("a", ({"role": "user", "content": "two?"},), "2", {"solution": "2"})
+    seen = []
+    engine = TableEngine(chat, lambda r: seen.append(r) or "2")
+    asyncio.run(episodes.play([row], RolloutIO(engine, Judge(), chat, Memory(), Sampling(6), 1, (0, 1))))
+    assert demonstration(row, learner, episodes.tools).context_ids == list(seen[0].context_ids) != chat.prompt_ids(row.messages)
 
 
 # ---------------------------------------------------------------- limits
