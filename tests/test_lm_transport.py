@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -117,6 +118,25 @@ def test_steps_too_small_to_leave_a_tokens_cell_change_nothing(made):
     assert [m.token_ids for m in moved] == [t for _, t in items]
     assert all(m.reward_before == m.reward_after and 0 <= m.displacement <= 0.3 + 1e-6 for m in moved)
     assert sum(m.reward_flowed for m in moved) > sum(m.reward_before for m in moved)
+
+
+# ---------------------------------------------------------------- 10. selection, 14. ascent
+
+
+def test_the_best_of_more_texts_is_never_worse(made):
+    policy, reward, items = made
+    moved = [m for own in lm.sweep(policy, reward, items[:5], [lm.Readout(s, None) for s in (0, 3, 6, 9)], eps=1.0) for m in own]
+    tops = [moved[lm.best(moved[:n])].reward_after for n in range(1, len(moved) + 1)]
+    assert tops == [max(m.reward_after for m in moved[:n]) for n in range(1, len(moved) + 1)] and len(set(tops)) > 1
+    again = [*moved[:5], *moved[:5]]  # of equal ones the first
+    assert lm.best(again) == lm.best(moved[:5]) < 5
+
+
+def test_small_steps_raise_the_reward_of_the_embeddings_every_time(made):
+    policy, reward, items = made
+    own = lm.sweep(policy, reward, items, [lm.Readout(s) for s in range(7)], eps=0.02)
+    means = [sum(m.reward_flowed for m in moved) / len(moved) for moved in own]
+    assert all(b > a + 1e-4 for a, b in pairwise(means))
 
 
 # ---------------------------------------------------------------- what a large budget does
