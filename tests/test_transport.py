@@ -165,6 +165,7 @@ def test_a_missing_particle_neither_moves_nor_moves_others():
         few, _ = t.flow(quadratic(1.0), x[:1, [0, 1, 3]], stein(bandwidth=bandwidth), steps=3, eps=0.1)
         assert_close(y[:1, [0, 1, 3]], few, rtol=1e-12, atol=1e-12)
         assert torch.equal(y[0, [2, 4]], x[0, [2, 4]])
+        assert not t.svgd(x, draws(2, 5, 3, seed=1), bandwidth=bandwidth, mask_BN=mask)[0, [2, 4]].any()
 
 
 def test_pooled_repulsion_by_hand():
