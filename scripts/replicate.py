@@ -45,7 +45,7 @@ class Command(_Strict):
 class Column(_Strict):
     title: str
     metric: str | None = None
-    """The last value of metrics.jsonl under this name; or"""
+    """The last value of metrics.jsonl under this name, none where the last is null; or"""
     file: str | None = None
     """a JSON file in {out}, and"""
     path: str = ""
@@ -174,7 +174,10 @@ class Runner:
 def value_of(column: Column, run: Path, results: Path) -> float | None:
     """The number, or None where the file or the entry is not there."""
     if column.metric is not None:
-        rows = [row for row in metrics(run) if row.get(column.metric) is not None]
+        told = [row for row in metrics(run) if column.metric in row]
+        rows = [row for row in told if row[column.metric] is not None]
+        if column.reach is None and column.over == "last" and rows and rows[-1] is not told[-1]:
+            return None  # what was measured stopped being measurable: an old value is not the last one
         if column.reach is not None:
             name, level = column.reach
             rows = [row for row in rows if row.get(name) is not None and row[name] >= level][:1]

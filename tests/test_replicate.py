@@ -99,3 +99,14 @@ def test_a_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
     replicate.write_section(page, "a", "three\n")
     text = page.read_text()
     assert "one" not in text and text.index("three") < text.index("by hand") < text.index("two")
+
+
+def test_an_old_value_is_not_the_last_one(tmp_path):
+    rows = [{"step": 0}, {"step": 1, "entropy": 0.2, "eval": 0.5}, {"step": 2, "entropy": 0.1}, {"step": 3, "entropy": None}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    def value(**keys):
+        return replicate.value_of(replicate.Column(title="x", **keys), tmp_path, tmp_path)
+
+    assert value(metric="entropy") is None and value(metric="eval") == 0.5  # measured up to some step; measured at some steps
+    assert value(metric="entropy", over="median") == pytest.approx(0.15) and value(metric="step", reach=("eval", 0.5)) == 1
