@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -261,6 +262,12 @@ def _keywords(pairs: list[str] | None) -> dict[str, Any]:
     return result
 
 
+def _to_stderr(record: logging.LogRecord) -> bool:
+    """A filter for loggers that write to stdout, where --json promises JSON and nothing else."""
+    print(record.getMessage(), file=sys.stderr)
+    return False
+
+
 def main() -> None:
     """Entry point: maps refusals to exit code 2 and failed runs to 1, each with one message."""
     from rich.console import Console
@@ -269,6 +276,7 @@ def main() -> None:
     from llmrl.records import InputError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("DeepSpeed").addFilter(_to_stderr)  # transformers imports it where it is installed
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     try:
         app()

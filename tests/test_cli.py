@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from llmrl import cli
 
 REPO = Path(__file__).parents[1]
 TINY = ["model.tiny.hidden=32", "model.tiny.layers=1", "model.tiny.heads=2", "model.tiny.ffn=48", "warm_start.steps=4", "warm_start.examples=8", "steps=2",
@@ -164,3 +167,21 @@ def test_sft_writes_a_model(tmp_path):
     done = llmrl("sft", "recipes/quickstart.toml", *TINY, f"run.dir={tmp_path / 'sft'}", "--json")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "sft" / "model" / "model.safetensors").is_file() and json.loads(done.stdout)["steps"] == 4
+
+
+def test_deepspeed_cannot_write_between_the_json(monkeypatch, capsys):
+    """Its logger has a handler on stdout, made while it is imported: after the command line has begun."""
+    monkeypatch.setattr("sys.argv", ["llmrl", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    capsys.readouterr()
+    logger = logging.getLogger("DeepSpeed")
+    handler = logging.StreamHandler(sys.stdout)
+    logger.addHandler(handler)
+    try:
+        logger.warning("Setting accelerator to %s", "CPU")
+    finally:
+        logger.removeHandler(handler)
+        logger.filters.clear()
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", "Setting accelerator to CPU\n")
