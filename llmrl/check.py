@@ -55,7 +55,7 @@ def check_recipe(loaded: LoadedRecipe) -> Iterator[Finding]:
 
 def _prompt_as_trained(session: Session) -> Finding:
     chat, prompt = session.policy.chat, session.tables.train[0]
-    ids = chat.prompt_ids(prompt.messages, tools=session.environment.tools if session.environment else ())
+    ids = chat.prompt_ids(prompt.messages, tools=session.tools)
     shown = chat.show(ids)
     return Finding(
         "one prompt, as the model sees it", True,
@@ -150,7 +150,7 @@ def _ram() -> float:
 
 
 def _demonstration(session: Session) -> Finding:
-    s = demonstration(session.tables.warm[0], session.learner, session.environment.tools if session.environment else ())
+    s = demonstration(session.tables.warm[0], session.learner, session.tools)
     chat = session.policy.chat
     return Finding("one demonstration of the warm start", True, f"{chat.show(s.context_ids)}|{chat.show(s.token_ids)}  ({len(s.token_ids)} trained tokens)")
 

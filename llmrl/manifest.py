@@ -24,18 +24,15 @@ MAY_CHANGE = ("run.", "checkpoint.", "scoring.workers", "scoring.concurrency", "
 """Keys that do not change what is computed."""
 
 
-def _inside(value: Any) -> list[str]:
-    """The plug-ins named within the keywords of another one, the parts of a `combine`, however deep."""
-    if isinstance(value, list):
-        return [ref for item in value for ref in _inside(item)]
-    if not isinstance(value, dict):
-        return []
-    own = [value["use"]] if isinstance(value.get("use"), str) else []
-    return own + [ref for item in value.values() for ref in _inside(item)]
+def _inside(keywords: dict[str, Any]) -> list[str]:
+    """The plug-ins named within the keywords of another one, however deep: the `parts` of a combine, what a process reward is made `of`."""
+    named = keywords.get("parts")
+    tables = [t for t in (*(named if isinstance(named, list) else []), keywords.get("of")) if isinstance(t, dict) and isinstance(t.get("use"), str)]
+    return [ref for t in tables for ref in (t["use"], *_inside(t))]
 
 
 def plugin_hashes(loaded: LoadedRecipe) -> dict[str, str]:
-    """sha256 of the source file behind each plug-in reference, the parts of a `combine` or of a composed rule included."""
+    """sha256 of the source file behind each plug-in reference, those inside a verifier and the parts of a composed rule included."""
     hashes = {}
     for section, home in HOMES.items():
         spec = getattr(loaded.recipe, section)

@@ -83,6 +83,11 @@ class Session:
         n = self.sampling.max_new_tokens
         return n if self.environment is None else self.environment.most_tokens(n, getattr(self.engine, "max_length", None))
 
+    @property
+    def tools(self) -> tuple[dict[str, Any], ...]:
+        """Schemas of the tools that a prompt is shown with."""
+        return () if self.environment is None else self.environment.tools
+
     def close(self) -> None:
         self.ahead.close()
         self.scorer.close()

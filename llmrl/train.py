@@ -125,7 +125,7 @@ class Run:
             with self.console.warm(r.warm_start.steps) as show:
                 for row in supervise(
                     self.s.learner, self.s.tables.warm, r.warm_start.optim, steps=r.warm_start.steps, examples=r.warm_start.examples,
-                    tokens=r.batch.tokens, seed=r.seed, tools=self.s.environment.tools if self.s.environment else (),
+                    tokens=r.batch.tokens, seed=r.seed, tools=self.s.tools,
                 ):  # fmt: skip
                     rows.append(row)
                     show(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tomllib
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from llmrl.check import check_recipe
 from llmrl.config import check_plugins, load_recipe
 from llmrl.console import Console
+from llmrl.manifest import plugin_hashes
 from llmrl.train import train
 from tests.test_resume import contents
 
@@ -26,6 +28,16 @@ SMALL += ["rollout.prompts=6", "rollout.group=4", "batch.tokens=900", "scoring.w
 def test_the_study_compares_them_all():
     arms = set(tomllib.loads((FOLDER / "study.toml").read_text())["arms"])
     assert arms == {p.stem for p in RECIPES} - {"urpo"}  # whose rows are of three kinds
+
+
+def test_the_manifest_knows_the_code_inside_a_verifier(tmp_path):
+    """The judge of a step stands two verifiers deep; and a key called `use` that names no plug-in is nobody's."""
+    found = plugin_hashes(load_recipe(FOLDER / "b_star_process.toml"))
+    assert found["verifier:./equation.py:equation"] == hashlib.sha256((FOLDER / "equation.py").read_bytes()).hexdigest()
+    assert {"verifier:combine", "verifier:exact", "verifier:process", "rule:b_star"} <= found.keys()
+    (tmp_path / "v.py").write_text("def mine(*, how):\n    return lambda prompt, response: None\n")
+    own = plugin_hashes(load_recipe(FOLDER / "grpo.toml", [f"verifier={{use='{tmp_path}/v.py:mine', how={{use='gpu'}}}}"]))
+    assert [k for k in own if k.startswith("verifier:")] == [f"verifier:{tmp_path}/v.py:mine"]
 
 
 @pytest.mark.filterwarnings("ignore:canon")

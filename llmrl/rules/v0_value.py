@@ -8,7 +8,6 @@ whatever came before, and its state is the table, which the memory of every chec
 
 from __future__ import annotations
 
-import math
 import zlib
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -94,7 +93,7 @@ def by_looks(texts: list[str], memory: Memory, size: int, share: float, ridge: f
         return None
     x_ND = torch.stack([features(e["text"]) for e in context])
     theta = fit(x_ND, torch.tensor([e["rate"] for e in context], dtype=torch.float64), share, ridge)
-    return [1 / (1 + math.exp(-float(features(t) @ theta[:-1] + theta[-1]))) for t in texts]
+    return torch.sigmoid(torch.stack([features(t) for t in texts]) @ theta[:-1] + theta[-1]).tolist()
 
 
 def learn(prompt: Prompt, io: RolloutIO, right: int, n: int, cap: int) -> None:
